@@ -1,0 +1,236 @@
+"""The command line: `sftrec VERB ...`. Verbs only; the work is in the rooms."""
+
+import argparse
+import json
+import os
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sftrec_jax import __version__
+from sftrec_jax.errors import UserError
+
+if TYPE_CHECKING:
+    from sftrec_jax.config import RunConfig
+
+OVERRIDES = "Any field of the config can be changed: --train.epochs 2 --items.tokenizer title (see --help-config)."
+
+EXAMPLES = {
+    "run": "sftrec run configs/quick.yaml --out runs/quick",
+    "prepare": "sftrec prepare configs/quick.yaml --out runs/quick",
+    "train": "sftrec train runs/quick --resume",
+    "evaluate": "sftrec evaluate runs/quick",
+    "export": "sftrec export runs/quick --to exported --format merged",
+    "recommend": 'sftrec recommend runs/quick --history "Toy Story (1995); Heat (1995)"',
+}
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="sftrec",
+        description="Supervised fine-tuning of a language model for recommendation, and ranking by real items only.",
+        epilog=f"Start with: {EXAMPLES['run']}",
+    )
+    parser.add_argument("--version", action="version", version=f"sftrec-jax {__version__}")
+    verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
+
+    def verb(name: str, text: str, config: bool = False) -> argparse.ArgumentParser:
+        notes = f"Example: {EXAMPLES[name]}" + (f"\n{OVERRIDES}" if config else "")
+        sub = verbs.add_parser(
+            name,
+            help=text,
+            description=text,
+            epilog=notes,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
+        if config:
+            sub.add_argument(
+                "config", metavar="CONFIG", type=Path, nargs="?", help="YAML file; its relative paths are relative to it"
+            )
+            sub.add_argument("--out", type=Path, metavar="DIR", help="folder of the run (default: runs/NAME_OF_CONFIG)")
+            sub.add_argument("--overwrite", action="store_true", help="remove an earlier run in DIR first")
+            sub.add_argument("--help-config", action="store_true", help="list every field of the config with its default")
+        else:
+            sub.add_argument("run", metavar="RUN", type=Path, help="folder of a run")
+        return sub
+
+    run = verb("run", "Prepare, train, evaluate and export in one go.", config=True)
+    run.add_argument("--resume", action="store_true", help="go on with the run in DIR from its newest checkpoint")
+    verb("prepare", "Read and split the data, name the items.", config=True)
+    train = verb("train", "Train a prepared run.")
+    train.add_argument("--resume", action="store_true", help="go on from the newest checkpoint")
+    verb("evaluate", "Rank the full catalogue for every test user, beside the baselines.")
+    recommend = verb("recommend", "Recommend items for users or histories.")
+    recommend.add_argument("--user", action="append", default=[], metavar="ID", help="a user of the run (may be repeated)")
+    recommend.add_argument(
+        "--history", action="append", default=[], metavar="TITLES", help="titles, oldest first, with `;` between them"
+    )
+    recommend.add_argument(
+        "--file", type=Path, metavar="FILE", help=".jsonl or .parquet with a column `history`, or .txt with a line a user"
+    )
+    recommend.add_argument("--k", type=int, default=10, help="items a user (default 10)")
+    recommend.add_argument("--keep-seen", action="store_true", help="items of the history may be recommended again")
+    recommend.add_argument("--to", type=Path, metavar="FILE", help="write .parquet or .jsonl instead of printing")
+    recommend.add_argument("--json", action="store_true", help="print JSON lines")
+    export = verb("export", "Write the model for other tools.")
+    export.add_argument("--to", type=Path, metavar="DIR", required=True, help="folder to write")
+    export.add_argument("--format", choices=("merged", "adapter"), default="merged", help="Hugging Face model, or PEFT adapter")
+    export.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="type of merged weights")
+    export.add_argument("--overwrite", action="store_true", help="replace an earlier export in DIR")
+    return parser
+
+
+def _configure(path: Path | None, extra: Sequence[str], show: bool) -> "RunConfig":
+    import tyro
+
+    from sftrec_jax.config import RunConfig, load_config, nearest_field
+
+    if show:
+        tyro.cli(RunConfig, prog="sftrec run CONFIG", args=["--help"])
+    if path is None:
+        raise UserError("no CONFIG given; name a YAML file, such as configs/quick.yaml")
+    for word in extra:
+        near = nearest_field(word.split("=")[0]) if word.startswith("--") else None
+        if near:
+            raise UserError(f"unknown option {word.split('=')[0]}; the nearest known one is {near}")
+    return tyro.cli(RunConfig, prog="sftrec run CONFIG", default=load_config(path), args=list(extra))
+
+
+def _default_out(config: Path) -> Path:
+    return Path("runs") / config.stem
+
+
+def _create(args: argparse.Namespace, extra: Sequence[str]) -> tuple[Any, Any]:
+    config = _configure(args.config, extra, args.help_config)
+    from sftrec_jax.run.folder import create_run
+
+    folder = create_run(args.out or _default_out(args.config), config, getattr(args, "resume", False), args.overwrite)
+    return folder, config
+
+
+def _command(argv: Sequence[str]) -> str:
+    import shlex
+
+    return "sftrec " + shlex.join(argv)
+
+
+def _run(args: argparse.Namespace, extra: Sequence[str], argv: Sequence[str]) -> None:
+    from sftrec_jax.console import console
+    from sftrec_jax.run import session as sessions
+    from sftrec_jax.run import stages
+
+    begin = time.monotonic()
+    folder, config = _create(args, extra)
+    prepared = args.resume and (folder.prepared / "item_codes.json").exists()
+    session = sessions.open_session(folder.path) if prepared else sessions.prepare(folder, config)
+    stages.train_stage(session, args.resume)
+    decoder, step = session.trained_decoder()
+    stages.evaluate_stage(session, decoder, step)
+    stages.export_stage(session, decoder, _command(argv), args.resume or args.overwrite)
+    console.print(f"done in {(time.monotonic() - begin) / 60:.1f} min: {folder.path}")
+    console.print(f"next: sftrec recommend {folder.path} --user {session.dataset.user_ids[0]}")
+
+
+def _prepare(args: argparse.Namespace, extra: Sequence[str], argv: Sequence[str]) -> None:
+    from sftrec_jax.run import session as sessions
+
+    sessions.prepare(*_create(args, extra))
+
+
+def _train(args: argparse.Namespace, extra: Sequence[str], argv: Sequence[str]) -> None:
+    from sftrec_jax.run import stages
+    from sftrec_jax.run.session import open_session
+
+    session = open_session(args.run)
+    if not args.resume and session.folder.checkpoints.exists():
+        raise UserError(f"{args.run}: is trained already; add --resume to go on, or prepare another folder")
+    stages.train_stage(session, args.resume)
+
+
+def _evaluate(args: argparse.Namespace, extra: Sequence[str], argv: Sequence[str]) -> None:
+    from sftrec_jax.run import stages
+    from sftrec_jax.run.session import open_session
+
+    session = open_session(args.run)
+    stages.evaluate_stage(session, *session.trained_decoder())
+
+
+def _export(args: argparse.Namespace, extra: Sequence[str], argv: Sequence[str]) -> None:
+    from sftrec_jax.run import stages
+    from sftrec_jax.run.session import open_session
+
+    session = open_session(args.run)
+    stages.export_to(session, session.trained_decoder()[0], _command(argv), args.to, args.format, args.dtype, args.overwrite)
+
+
+def _recommend(args: argparse.Namespace, extra: Sequence[str], argv: Sequence[str]) -> None:
+    from sftrec_jax.console import console
+    from sftrec_jax.items.titles import TitleIndex
+    from sftrec_jax.run.recommend import file_histories, recommend, user_history
+    from sftrec_jax.run.session import open_session
+    from sftrec_jax.run.tables import write_frame
+
+    if not (args.user or args.history or args.file):
+        raise UserError(f"nobody to recommend to; give --user, --history or --file, as in: {EXAMPLES['recommend']}")
+    session = open_session(args.run)
+    names, histories = [], []
+    for user in args.user:
+        names.append(user)
+        histories.append(user_history(session, user))
+    if args.history:
+        index = TitleIndex(session.codes.titles)
+        for number, text in enumerate(args.history, start=1):
+            names.append(f"history {number}")
+            histories.append(_as_items(index.split(text)))
+    if args.file:
+        more_names, more = file_histories(session, args.file)
+        names += more_names
+        histories += more
+    frame = recommend(session, names, histories, args.k, args.keep_seen)
+    if args.to:
+        write_frame(args.to, frame)
+        console.print(f"wrote {frame.height:,} rows to {args.to}")
+    elif args.json:
+        for row in frame.to_dicts():
+            print(json.dumps(row, ensure_ascii=False))
+    else:
+        for row in frame.to_dicts():
+            if row["rank"] == 1:
+                print(row["user"])
+            print(f"{row['rank']:4d}  {row['score']:8.3f}  {row['title']}")
+
+
+def _as_items(items: list[int]) -> Any:
+    import numpy as np
+
+    return np.asarray(items, np.int32)
+
+
+VERBS = {"run": _run, "prepare": _prepare, "train": _train, "evaluate": _evaluate, "recommend": _recommend, "export": _export}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point. Exit codes: 0 done, 2 wrong input (one line on standard error), 130 interrupted."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    # Orbax and the tokenizers library speak up about threads and forks that do not concern a user.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
+    args, extra = _parser().parse_known_args(argv)
+    try:
+        if extra and args.verb not in ("run", "prepare"):
+            raise UserError(f"unknown option {extra[0]}; see sftrec {args.verb} --help")
+        VERBS[args.verb](args, extra, argv)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted; `--resume` goes on from the newest checkpoint", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""Interaction logs and catalogues: readers, filters, time order and splits."""

@@ -1,0 +1,127 @@
+"""Columns as they come to columns with one meaning: ids as text, times as seconds, ratings as numbers."""
+
+from datetime import UTC, datetime
+
+import polars as pl
+
+from sftrec_jax.data.table import Table
+from sftrec_jax.errors import UserError
+
+
+def text_ids(table: Table, role: str) -> pl.Series:
+    """The ids as text [rows]: 42 and 42.0 of a numeric column become "42". UserError for a null or empty id."""
+    values = as_text(table, role)
+    bad = values.is_null() | (values == "").fill_null(False)
+    if bad.any():
+        raise UserError(f"{table.where}: row {first_row(table, bad)} has no {role} id; fill it in or remove the row")
+    return values
+
+
+def as_text(table: Table, role: str) -> pl.Series:
+    """A column as text, nulls kept. UserError for bytes that are not UTF-8 and for nested values."""
+    values = table.frame[role]
+    dtype = values.dtype
+    if dtype.is_float():
+        whole = values.cast(pl.Int64, strict=False)
+        if ((whole.cast(dtype) == values) | values.is_null()).all():
+            values = whole
+    if dtype.is_nested() or dtype == pl.Object:
+        raise UserError(f"{table.where}: the {role} column holds {dtype}; name a column with one value a row")
+    text = values.cast(pl.String, strict=False)
+    lost = text.is_null() & values.is_not_null()
+    if lost.any():
+        raise UserError(f"{table.where}: row {first_row(table, lost)} has a {role} that is not UTF-8; write it as UTF-8 text")
+    return text
+
+
+def ratings(table: Table) -> pl.Series:
+    """The ratings as float64 [rows]. UserError for one that is missing, no number, NaN or infinite."""
+    raw = table.frame["rating"]
+    values = raw.cast(pl.Float64, strict=False)
+    bad = ~values.is_finite().fill_null(False)
+    if bad.any():
+        value = raw.filter(bad)[0]
+        raise UserError(
+            f"{table.where}: row {first_row(table, bad)} has the rating {value!r}; give a finite number, remove the row,"
+            " or set data.rating_column: null"
+        )
+    return values
+
+
+def times(table: Table) -> pl.DataFrame:
+    """The times as `time` (int64 seconds, rounded down) and `fraction` (int64 nanoseconds below a second) [rows].
+
+    Numbers count seconds, as do texts that are numbers; other texts are ISO dates, UTC where they name no zone. A column is
+    numbers or dates, not both. UserError for a time that is missing or reads as neither.
+    """
+    raw = table.frame["time"]
+    if raw.dtype == pl.String:
+        raw = raw.str.strip_chars()
+        integers, floats = raw.cast(pl.Int64, strict=False), raw.cast(pl.Float64, strict=False)
+        if integers.is_not_null().all():
+            return _from_integers(integers)
+        if floats.is_not_null().sum() * 2 >= raw.len():
+            parsed = _from_floats(floats)
+            exact = integers.is_not_null()  # integers past 2^53 lose digits as floats
+            parsed = pl.DataFrame(
+                {"time": integers.zip_with(exact, parsed["time"]), "fraction": parsed["fraction"].set(exact, 0)}
+            )
+            return _checked(table, parsed, "a number of seconds")
+        return _checked(table, _from_iso(raw), "an ISO date such as 2015-03-01T12:00:00")
+    if raw.dtype.is_integer():
+        return _checked(table, _from_integers(raw), "a number of seconds")
+    if raw.dtype.is_float():
+        return _checked(table, _from_floats(raw), "a number of seconds")
+    if raw.dtype == pl.Date or raw.dtype == pl.Datetime:
+        moments = raw.cast(pl.Datetime("us")) if raw.dtype == pl.Date else raw
+        seconds = moments.dt.timestamp("us") // 1_000_000
+        return _checked(table, pl.DataFrame({"time": seconds, "fraction": moments.dt.nanosecond().cast(pl.Int64)}), "a time")
+    raise UserError(f"{table.where}: the time column holds {raw.dtype}; give numbers of seconds, ISO dates or datetimes")
+
+
+def _from_integers(values: pl.Series) -> pl.DataFrame:
+    seconds = values.cast(pl.Int64, strict=False)
+    return pl.DataFrame({"time": seconds, "fraction": pl.repeat(0, seconds.len(), dtype=pl.Int64, eager=True)})
+
+
+def _from_floats(values: pl.Series) -> pl.DataFrame:
+    values = values.cast(pl.Float64)
+    seconds = values.floor().cast(pl.Int64, strict=False)
+    fraction = ((values - values.floor()) * 1e9).cast(pl.Int64, strict=False)
+    return pl.DataFrame({"time": seconds, "fraction": fraction})
+
+
+def _from_iso(values: pl.Series) -> pl.DataFrame:
+    distinct = values.drop_nulls().unique().to_list()
+    parsed = [_iso_moment(text) for text in distinct]
+    lookup = pl.DataFrame(
+        {"text": distinct, "time": [p[0] for p in parsed], "fraction": [p[1] for p in parsed]},
+        schema={"text": pl.String, "time": pl.Int64, "fraction": pl.Int64},
+    )
+    return values.alias("text").to_frame().join(lookup, on="text", how="left", maintain_order="left").select("time", "fraction")
+
+
+def _iso_moment(text: str) -> tuple[int | None, int]:
+    try:
+        moment = datetime.fromisoformat(text)
+    except ValueError:
+        return None, 0
+    if moment.tzinfo is None:
+        moment = moment.replace(tzinfo=UTC)
+    elapsed = moment - datetime(1970, 1, 1, tzinfo=UTC)
+    return elapsed.days * 86_400 + elapsed.seconds, elapsed.microseconds * 1000
+
+
+def _checked(table: Table, parsed: pl.DataFrame, wanted: str) -> pl.DataFrame:
+    bad = parsed["time"].is_null()
+    if bad.any():
+        value = table.frame["time"].filter(bad)[0]
+        raise UserError(
+            f"{table.where}: row {first_row(table, bad)} has the time {value!r}, which is not {wanted}; correct or remove the row"
+        )
+    return parsed
+
+
+def first_row(table: Table, mask: pl.Series) -> int:
+    """Row number in the source of the first true value."""
+    return int(table.frame["row"].filter(mask)[0])

@@ -1,0 +1,142 @@
+"""Histories of all users and the catalogue, in memory and in a folder."""
+
+import hashlib
+import io
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+from polars.exceptions import PolarsError
+
+from sftrec_jax.errors import UserError
+
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True, eq=False)
+class Dataset:
+    """Histories of all users in time order, as indices into the catalogue."""
+
+    user_ids: np.ndarray
+    """Text (object) [U], sorted."""
+    item_ids: np.ndarray
+    """Text (object) [n_items], in the order of the catalogue."""
+    titles: np.ndarray
+    """Text (object) [n_items], as in the catalogue: not necessarily distinct."""
+    offsets: np.ndarray
+    """int64 [U+1]; user u has items[offsets[u]:offsets[u+1]]."""
+    items: np.ndarray
+    """int32 [N], indices into the catalogue."""
+    timestamps: np.ndarray
+    """int64 [N], seconds; the position in the history where the source has no time."""
+    train_end: np.ndarray
+    """int64 [U], leading items of each history that are training data."""
+    valid_position: np.ndarray
+    """int64 [U], position of the validation target in the history, -1: none."""
+    test_position: np.ndarray
+    """int64 [U], position of the test target in the history, -1: none."""
+    report: dict[str, Any]
+    """Counts: what came in, what was kept, why the rest was not; numbers, texts and nulls only."""
+
+    def history(self, user: int) -> np.ndarray:
+        """All items of the user with this index, int32 [n], oldest first."""
+        return self.items[self.offsets[user] : self.offsets[user + 1]]
+
+    def train_history(self, user: int) -> np.ndarray:
+        """The leading items of the user that are training data, int32 [train_end[user]]."""
+        return self.items[self.offsets[user] : self.offsets[user] + self.train_end[user]]
+
+    def save(self, folder: Path) -> None:
+        """Writes interactions.parquet, users.parquet, catalogue.parquet, and dataset.json last with their SHA-256."""
+        folder.mkdir(parents=True, exist_ok=True)
+        lengths = np.diff(self.offsets)
+        user = np.repeat(np.arange(len(lengths)), lengths)
+        position = np.arange(len(self.items)) - np.repeat(self.offsets[:-1], lengths)
+        frames = {
+            "interactions.parquet": pl.DataFrame(
+                {
+                    "user": pl.Series(user, dtype=pl.Int32),
+                    "item": pl.Series(self.items, dtype=pl.Int32),
+                    "timestamp": pl.Series(self.timestamps, dtype=pl.Int64),
+                    "position": pl.Series(position, dtype=pl.Int32),
+                }
+            ),
+            "users.parquet": pl.DataFrame(
+                {
+                    "user_id": pl.Series(self.user_ids.tolist(), dtype=pl.String),
+                    "train_end": self.train_end,
+                    "valid_position": self.valid_position,
+                    "test_position": self.test_position,
+                }
+            ),
+            "catalogue.parquet": pl.DataFrame(
+                {"item_id": self.item_ids.tolist(), "title": self.titles.tolist()},
+                schema={"item_id": pl.String, "title": pl.String},
+            ),
+        }
+        digests = {}
+        for name, frame in frames.items():
+            buffer = io.BytesIO()
+            frame.write_parquet(buffer)
+            digests[name] = hashlib.sha256(buffer.getvalue()).hexdigest()
+            _write_atomic(folder / name, buffer.getvalue())
+        summary = {"format_version": FORMAT_VERSION, "files": digests, "report": self.report}
+        text = json.dumps(summary, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+        _write_atomic(folder / "dataset.json", text.encode("utf-8"))
+
+    @classmethod
+    def load(cls, folder: Path) -> "Dataset":
+        """Reads what `save` wrote; UserError when a file is missing, changed, or of another format version."""
+        try:
+            summary = json.loads(_read(folder / "dataset.json"))
+            version, digests, report = summary["format_version"], summary["files"], summary["report"]
+        except (ValueError, KeyError, TypeError):
+            raise UserError(f"{folder / 'dataset.json'}: not a summary of a prepared data set; prepare it again") from None
+        if version != FORMAT_VERSION:
+            raise UserError(f"{folder}: format version {version}, this program reads {FORMAT_VERSION}; prepare the data again")
+        interactions = _read_parquet(folder, "interactions.parquet", digests)
+        users = _read_parquet(folder, "users.parquet", digests)
+        catalogue = _read_parquet(folder, "catalogue.parquet", digests)
+        lengths = np.bincount(interactions["user"].to_numpy(), minlength=users.height)
+        return cls(
+            user_ids=np.array(users["user_id"].to_list(), dtype=object),
+            item_ids=np.array(catalogue["item_id"].to_list(), dtype=object),
+            titles=np.array(catalogue["title"].to_list(), dtype=object),
+            offsets=np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
+            items=interactions["item"].to_numpy(),
+            timestamps=interactions["timestamp"].to_numpy(),
+            train_end=users["train_end"].to_numpy(),
+            valid_position=users["valid_position"].to_numpy(),
+            test_position=users["test_position"].to_numpy(),
+            report=report,
+        )
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{path}: cannot read the prepared data ({error.strerror}); prepare the data first") from None
+
+
+def _read_parquet(folder: Path, name: str, digests: dict[str, str]) -> pl.DataFrame:
+    data = _read(folder / name)
+    if hashlib.sha256(data).hexdigest() != digests.get(name):
+        raise UserError(f"{folder / name}: not the file that dataset.json describes (damaged or replaced); prepare it again")
+    try:
+        return pl.read_parquet(io.BytesIO(data))
+    except PolarsError as error:
+        raise UserError(f"{folder / name}: not readable ({str(error).splitlines()[0]}); prepare the data again") from None
+
+
+def _write_atomic(path: Path, data: bytes) -> None:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        temporary.write_bytes(data)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -1,0 +1,5 @@
+"""The one exception that a user's mistake raises: a single line that says what, where and what to do."""
+
+
+class UserError(Exception):
+    """Bad input, bad configuration or a missing resource. The command line prints it as one line, exit code 2."""

@@ -1,0 +1,1 @@
+"""Ranking metrics over the full catalogue, and baselines that a model has to beat."""

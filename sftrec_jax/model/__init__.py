@@ -1,0 +1,1 @@
+"""The Flax causal language model: architecture, adapters, weights in and out, sharding."""

@@ -1,0 +1,117 @@
+"""The causal language model: token table, a scanned stack of Llama layers, head."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from sftrec_jax.model.architecture import Architecture
+from sftrec_jax.model.attention import attend, packed_mask
+from sftrec_jax.model.layers import AdapterSpec, Linear, RMSNorm, TokenTable, apply_rope, rope_tables
+
+# (query, key, value, one layer's cache) -> (attention output, the layer's new cache or output)
+Attend = Callable[[Array, Array, Array, Any], tuple[Array, Any]]
+
+PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+class Layers(nnx.Module):
+    """All decoder layers, their parameters stacked on a leading layer axis; `__call__` is one layer on a slice."""
+
+    def __init__(self, arch: Architecture, adapters: AdapterSpec | None, key: Array):
+        keys = iter(jax.random.split(key, len(PROJECTIONS)))
+        n, d, f = arch.layers, arch.hidden_size, arch.ffw_size
+        wide, narrow = arch.heads * arch.head_dim, arch.kv_heads * arch.head_dim
+        self.arch = arch
+        self.input_norm = RMSNorm((n, d), arch.rms_eps)
+        self.q_proj = Linear("q_proj", n, d, wide, adapters, next(keys))
+        self.k_proj = Linear("k_proj", n, d, narrow, adapters, next(keys))
+        self.v_proj = Linear("v_proj", n, d, narrow, adapters, next(keys))
+        self.o_proj = Linear("o_proj", n, wide, d, adapters, next(keys))
+        self.post_norm = RMSNorm((n, d), arch.rms_eps)
+        self.gate_proj = Linear("gate_proj", n, d, f, adapters, next(keys))
+        self.up_proj = Linear("up_proj", n, d, f, adapters, next(keys))
+        self.down_proj = Linear("down_proj", n, f, d, adapters, next(keys))
+
+    def __call__(
+        self, x: Float[Array, "B T D"], rope: tuple[Array, Array], attend: Attend, cache: Any, dropout_key: Array | None
+    ) -> tuple[Float[Array, "B T D"], Any]:
+        b, t, _ = x.shape
+        keys = [None] * 7 if dropout_key is None else list(jax.random.split(dropout_key, 7))
+        h = self.input_norm(x)
+        query = self.q_proj(h, keys[0]).reshape(b, t, self.arch.heads, self.arch.head_dim)
+        key = self.k_proj(h, keys[1]).reshape(b, t, self.arch.kv_heads, self.arch.head_dim)
+        value = self.v_proj(h, keys[2]).reshape(b, t, self.arch.kv_heads, self.arch.head_dim)
+        mixed, cache = attend(apply_rope(query, *rope), apply_rope(key, *rope), value, cache)
+        x = x + self.o_proj(mixed.reshape(b, t, -1), keys[3])
+        h = self.post_norm(x)
+        x = x + self.down_proj(jax.nn.silu(self.gate_proj(h, keys[4])) * self.up_proj(h, keys[5]), keys[6])
+        return x, cache
+
+
+class Decoder(nnx.Module):
+    """A Llama-family causal LM. Shapes: B batch, T tokens, D model, C logit columns (see TokenTable)."""
+
+    def __init__(
+        self,
+        arch: Architecture,
+        adapters: AdapterSpec | None,
+        row_ids: tuple[int, ...],
+        dtype: Any,
+        remat: bool,
+        key: Array,
+    ):
+        table_key, layers_key, head_key = jax.random.split(key, 3)
+        self.arch, self.dtype, self.remat = arch, jnp.dtype(dtype), remat
+        self.embed_tokens = TokenTable(arch.vocab_size, arch.hidden_size, row_ids, table_key)
+        self.layers = Layers(arch, adapters, layers_key)
+        self.norm = RMSNorm((arch.hidden_size,), arch.rms_eps)
+        if not arch.tied:
+            self.lm_head = TokenTable(arch.vocab_size, arch.hidden_size, row_ids, head_key)
+
+    def hidden(
+        self,
+        tokens: Int[Array, "B T"],
+        positions: Int[Array, "B T"],
+        attend: Attend,
+        caches: Any = None,
+        dropout_key: Array | None = None,
+    ) -> tuple[Float[Array, "B T D"], Any]:
+        """Final hidden states, and what `attend` returned as cache in each layer (stacked on a leading layer axis).
+
+        `caches` is a pytree with a leading layer axis, or None. `dropout_key` switches adapter dropout on.
+        """
+        x = self.embed_tokens.embed(tokens, self.dtype)
+        rope = rope_tables(self.arch, positions)
+        graphdef, state = nnx.split(self.layers)
+        keys = None if dropout_key is None else jax.random.split(dropout_key, self.arch.layers)
+
+        def body(x: Array, scanned: tuple[Any, Any, Any]) -> tuple[Array, Any]:
+            layer_state, cache, key = scanned
+            return nnx.merge(graphdef, layer_state)(x, rope, attend, cache, key)
+
+        if self.remat:
+            body = jax.checkpoint(body)
+        x, caches = jax.lax.scan(body, x, (state, caches, keys), length=self.arch.layers)
+        return self.norm(x), caches
+
+    def packed_hidden(self, batch: Any, dropout_key: Array | None = None) -> Float[Array, "B T D"]:
+        """Final hidden states of packed rows; `batch` has tokens, positions, segments, branches, forks [B, T]."""
+        mask = packed_mask(batch.positions, batch.segments, batch.branches, batch.forks)
+
+        def masked(query: Array, key: Array, value: Array, cache: None) -> tuple[Array, None]:
+            return attend(query, key, value, mask), None
+
+        return self.hidden(batch.tokens, batch.positions, masked, dropout_key=dropout_key)[0]
+
+    @property
+    def head(self) -> TokenTable:
+        """The table that turns hidden states into logits (the input table when tied)."""
+        return self.embed_tokens if self.arch.tied else self.lm_head
+
+    def logits(self, hidden: Float[Array, "... D"]) -> Float[Array, "... C"]:
+        """Float32 logits in column order (see TokenTable)."""
+        return self.head.logits(hidden)

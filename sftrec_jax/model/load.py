@@ -1,0 +1,124 @@
+"""From configuration to a decoder in its shardings: base weights, adapters at identity, new token rows."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh
+
+from sftrec_jax.config import LoraConfig, ModelConfig, TrainConfig
+from sftrec_jax.errors import UserError
+from sftrec_jax.items.codes import ItemCodes
+from sftrec_jax.model.architecture import Architecture, parse_architecture, read_architecture
+from sftrec_jax.model.decoder import PROJECTIONS, Decoder
+from sftrec_jax.model.gguf_file import read_gguf
+from sftrec_jax.model.hub import BaseSource
+from sftrec_jax.model.layers import AdapterSpec, LoRAParam, TokenRows
+from sftrec_jax.model.sharding import named_arrays, path_name, sharding_for, with_arrays
+from sftrec_jax.model.weights import decoder_arrays, open_tensors
+
+TRAINABLE = nnx.Any(LoRAParam, TokenRows)
+"""What `train.method: lora` trains."""
+
+
+def trainable_filter(method: str) -> Any:
+    """The nnx filter of trained variables: adapters and token rows, or everything."""
+    return TRAINABLE if method == "lora" else nnx.Variable
+
+
+def adapter_spec(config: LoraConfig) -> AdapterSpec:
+    """Resolves `all-linear` and checks the names; one that matches no projection is a UserError."""
+    wanted = PROJECTIONS if config.targets == "all-linear" else config.targets
+    wanted = (wanted,) if isinstance(wanted, str) else tuple(wanted)
+    unknown = [name for name in wanted if name not in PROJECTIONS]
+    if unknown or not wanted:
+        what = f"{unknown[0]!r} matches no projection" if unknown else "the list is empty"
+        raise UserError(f"lora.targets: {what}; use all-linear or names among {', '.join(PROJECTIONS)}")
+    return AdapterSpec(config.r, config.alpha, config.dropout, tuple(p for p in PROJECTIONS if p in wanted))
+
+
+def compute_dtype(config: ModelConfig) -> tuple[Any, str]:
+    """The type of activations and frozen weights, and the reason for it."""
+    if config.compute_dtype != "auto":
+        return jnp.dtype(config.compute_dtype), "as configured"
+    if jax.default_backend() == "cpu":
+        return jnp.dtype(jnp.float32), "CPU: bfloat16 products were no faster than float32 where measured (docs/log.md)"
+    return jnp.dtype(jnp.bfloat16), f"{jax.default_backend()}: half the memory traffic"
+
+
+def source_architecture(source: BaseSource) -> Architecture:
+    """Reads the architecture from config.json or from the GGUF metadata."""
+    if source.gguf is not None:
+        return parse_architecture(read_gguf(source.gguf).config, str(source.gguf))
+    return read_architecture(source.folder)
+
+
+@dataclass(frozen=True)
+class Build:
+    """Everything static that makes a decoder, so that training and decoding build the same one."""
+
+    arch: Architecture
+    adapters: AdapterSpec | None
+    row_ids: tuple[int, ...]
+    dtype: Any
+    param_dtype: Any
+    remat: bool
+
+    def decoder(self, key: jax.Array) -> Decoder:
+        """A randomly initialised decoder (trace it with `nnx.eval_shape` for shapes only)."""
+        return Decoder(self.arch, self.adapters, self.row_ids, self.dtype, self.remat, key)
+
+
+def make_build(model: ModelConfig, lora: LoraConfig, train: TrainConfig, arch: Architecture, codes: ItemCodes) -> Build:
+    """Puts the static parts together. Frozen weights are kept in the compute type, trained ones in float32."""
+    dtype, _ = compute_dtype(model)
+    adapters = adapter_spec(lora) if train.method == "lora" else None
+    frozen = dtype if train.method == "lora" else jnp.dtype(jnp.float32)
+    return Build(arch, adapters, tuple(int(i) for i in codes.new_token_ids), dtype, frozen, model.remat == "full")
+
+
+def initial_rows(table: np.ndarray, codes: ItemCodes) -> np.ndarray:
+    """First values of the new token rows [n_new, D]: the mean of each token's `init_tokens`, else of the table.
+
+    Means are scaled to the table's median row norm: an average of several rows is shorter than a row, and a short
+    row would start with a logit that no training example justifies.
+    """
+    norm = float(np.median(np.linalg.norm(table, axis=1)))
+    fallback = table.mean(0)
+    rows = np.stack([table[list(ids)].mean(0) if ids else fallback for ids in codes.init_tokens])
+    return (rows * (norm / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12))).astype(np.float32)
+
+
+def load_decoder(build: Build, source: BaseSource, codes: ItemCodes, mesh: Mesh, seed: int, from_scratch: bool) -> Decoder:
+    """Builds the decoder and fills it, each array straight into its sharding.
+
+    Adapters start at the identity (B = 0). With `from_scratch` the base is random, drawn by `seed`.
+    """
+    abstract = nnx.eval_shape(lambda: build.decoder(jax.random.key(0)))
+    graphdef, abstract_state = nnx.split(abstract)
+    names = {path_name(path): leaf for path, leaf in nnx.to_flat_state(abstract_state)}
+    shardings = {name: sharding_for(name, leaf.get_value().shape, mesh) for name, leaf in names.items()}
+
+    def initialise(key: jax.Array) -> dict[str, jax.Array]:
+        return named_arrays(nnx.split(build.decoder(key))[1])
+
+    base_names = [n for n, leaf in names.items() if not isinstance(leaf, LoRAParam | TokenRows)]
+    wanted = list(names) if from_scratch else [n for n in names if n not in base_names]
+    pick = jax.jit(lambda key: {n: initialise(key)[n] for n in wanted}, out_shardings={n: shardings[n] for n in wanted})
+    arrays: dict[str, jax.Array] = pick(jax.random.key(seed)) if wanted else {}
+    tables: dict[str, np.ndarray] = {}
+    if not from_scratch:
+        for name, value in decoder_arrays(open_tensors(source.gguf or source.folder), build.arch, source.label):
+            arrays[name] = jax.device_put(value.astype(build.param_dtype), shardings[name])
+            if name in ("embed_tokens/weight", "lm_head/weight"):
+                tables[name] = value
+    else:
+        tables = {n: np.asarray(arrays[n]) for n in ("embed_tokens/weight", "lm_head/weight") if n in arrays}
+    for name, table in tables.items():
+        rows = name.replace("weight", "rows")
+        if rows in names:
+            arrays[rows] = jax.device_put(initial_rows(table, codes), shardings[rows])
+    return nnx.merge(graphdef, with_arrays(abstract_state, arrays))

@@ -1,0 +1,159 @@
+"""One table from Hugging Face tensor names to parameters of the decoder; it drives loading and export.
+
+Missing, unexpected, duplicate and mis-shaped tensors are four distinct errors. Files are safetensors only.
+"""
+
+import json
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from safetensors import safe_open
+
+from sftrec_jax.errors import UserError
+from sftrec_jax.model.architecture import Architecture
+from sftrec_jax.model.gguf_file import read_gguf
+
+# decoder path below `layers` -> (name inside model.layers.{i}, transposed on the way)
+LAYER_TABLE: dict[str, tuple[str, bool]] = {
+    "input_norm/weight": ("input_layernorm.weight", False),
+    "q_proj/kernel": ("self_attn.q_proj.weight", True),
+    "k_proj/kernel": ("self_attn.k_proj.weight", True),
+    "v_proj/kernel": ("self_attn.v_proj.weight", True),
+    "o_proj/kernel": ("self_attn.o_proj.weight", True),
+    "post_norm/weight": ("post_attention_layernorm.weight", False),
+    "gate_proj/kernel": ("mlp.gate_proj.weight", True),
+    "up_proj/kernel": ("mlp.up_proj.weight", True),
+    "down_proj/kernel": ("mlp.down_proj.weight", True),
+}
+TOP_TABLE: dict[str, str] = {"embed_tokens/weight": "model.embed_tokens.weight", "norm/weight": "model.norm.weight"}
+HEAD_NAME = "lm_head.weight"
+
+
+def module_of(projection: str) -> str:
+    """`q_proj` -> `self_attn.q_proj`: the module name inside a Hugging Face layer."""
+    return LAYER_TABLE[f"{projection}/kernel"][0].removesuffix(".weight")
+
+
+def top_table(arch: Architecture) -> dict[str, str]:
+    """Decoder path -> tensor name for everything outside the layers; a tied model has no head of its own."""
+    return TOP_TABLE if arch.tied else {**TOP_TABLE, "lm_head/weight": HEAD_NAME}
+
+
+def tensor_shapes(arch: Architecture) -> dict[str, tuple[int, ...]]:
+    """Every tensor that a checkpoint of this architecture must hold, with its shape in Hugging Face's layout."""
+    d, f, h = arch.hidden_size, arch.ffw_size, arch.head_dim
+    inside = {
+        "input_layernorm.weight": (d,),
+        "post_attention_layernorm.weight": (d,),
+        "self_attn.q_proj.weight": (arch.heads * h, d),
+        "self_attn.k_proj.weight": (arch.kv_heads * h, d),
+        "self_attn.v_proj.weight": (arch.kv_heads * h, d),
+        "self_attn.o_proj.weight": (d, arch.heads * h),
+        "mlp.gate_proj.weight": (f, d),
+        "mlp.up_proj.weight": (f, d),
+        "mlp.down_proj.weight": (d, f),
+    }
+    shapes = {f"model.layers.{i}.{name}": shape for i in range(arch.layers) for name, shape in inside.items()}
+    shapes |= {"model.embed_tokens.weight": (arch.vocab_size, d), "model.norm.weight": (d,)}
+    return shapes if arch.tied else {**shapes, HEAD_NAME: (arch.vocab_size, d)}
+
+
+@dataclass(frozen=True)
+class TensorSource:
+    """Named tensors, each read when asked for. `where` maps a name to the file it is in."""
+
+    where: dict[str, str]
+    read: Callable[[str], np.ndarray]
+
+
+def _safetensors_source(folder: Path) -> TensorSource:
+    index = folder / "model.safetensors.index.json"
+    if index.exists():
+        try:
+            files = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        except (ValueError, KeyError, AttributeError, TypeError):
+            raise UserError(f"{index}: not a safetensors index (no weight_map); copy the model folder again") from None
+    else:
+        files = sorted(p.name for p in folder.glob("*.safetensors"))
+    if not files:
+        raise UserError(f"{folder}: no .safetensors file; save the model with save_pretrained(safe_serialization=True)")
+    where: dict[str, str] = {}
+    for name in files:
+        try:
+            with safe_open(folder / name, framework="numpy") as handle:
+                keys = list(handle.keys())
+        except OSError as error:
+            raise UserError(f"{folder / name}: cannot be read ({error}); copy the model folder again") from None
+        except Exception as error:  # safetensors raises its own SafetensorError, a plain Exception
+            raise UserError(f"{folder / name}: damaged safetensors file ({error}); copy the model folder again") from None
+        for key in keys:
+            if key in where:
+                raise UserError(f"{folder}: duplicate tensor {key} in {where[key]} and {name}; remove one of the files")
+            where[key] = name
+
+    def read(name: str) -> np.ndarray:
+        with safe_open(folder / where[name], framework="numpy") as handle:
+            return handle.get_tensor(name)
+
+    return TensorSource(where, read)
+
+
+def open_tensors(path: Path) -> TensorSource:
+    """Tensors of a Hugging Face folder or of a `.gguf` file, under Hugging Face names."""
+    if path.suffix == ".gguf":
+        model = read_gguf(path)
+        return TensorSource(dict.fromkeys(model.tensor_names(), path.name), model.tensor)
+    return _safetensors_source(path)
+
+
+def check_tensors(source: TensorSource, arch: Architecture, label: str) -> None:
+    """Raises UserError for a tensor that is missing or unexpected."""
+    expected = tensor_shapes(arch)
+    missing = [name for name in expected if name not in source.where]
+    if missing:
+        raise UserError(f"{label}: {len(missing)} tensors are missing, first {missing[0]}; the files and config.json differ")
+    # Old checkpoints carry rotary buffers and, when tied, a copy of the head; both follow from what is loaded.
+    known = {*expected, HEAD_NAME} if arch.tied else set(expected)
+    extra = [name for name in source.where if name not in known and not name.endswith("rotary_emb.inv_freq")]
+    if extra:
+        raise UserError(f"{label}: {len(extra)} unexpected tensors, first {extra[0]}; the files and config.json differ")
+
+
+def read_checked(source: TensorSource, name: str, shape: tuple[int, ...], label: str) -> np.ndarray:
+    """One tensor; raises UserError when its shape is not the one that config.json implies, or it is not finite."""
+    value = source.read(name)
+    if value.shape != shape:
+        raise UserError(f"{label}: tensor {name} has shape {value.shape}, config.json implies {shape}; the files differ")
+    value = value.astype(np.float32)
+    if not np.isfinite(value).all():
+        raise UserError(f"{label}: tensor {name} holds NaN or infinite values; copy or convert the model again")
+    return value
+
+
+def decoder_arrays(source: TensorSource, arch: Architecture, label: str) -> Iterable[tuple[str, np.ndarray]]:
+    """Yields (decoder path, float32 array in decoder layout) for the whole model, layers stacked on axis 0."""
+    check_tensors(source, arch, label)
+    shapes = tensor_shapes(arch)
+    for path, name in top_table(arch).items():
+        yield path, read_checked(source, name, shapes[name], label)
+    for path, (inside, transposed) in LAYER_TABLE.items():
+        slices = []
+        for i in range(arch.layers):
+            name = f"model.layers.{i}.{inside}"
+            value = read_checked(source, name, shapes[name], label)
+            slices.append(value.T if transposed else value)
+        yield f"layers/{path}", np.stack(slices)
+
+
+def tensors_from_arrays(arrays: dict[str, np.ndarray], arch: Architecture) -> dict[str, np.ndarray]:
+    """The inverse of `decoder_arrays`: Hugging Face names and layout, every array contiguous.
+
+    safetensors writes the untransposed bytes of a transposed view without a word, hence `ascontiguousarray`.
+    """
+    tensors = {name: np.ascontiguousarray(arrays[path]) for path, name in top_table(arch).items()}
+    for path, (inside, transposed) in LAYER_TABLE.items():
+        for i, value in enumerate(arrays[f"layers/{path}"]):
+            tensors[f"model.layers.{i}.{inside}"] = np.ascontiguousarray(value.T if transposed else value)
+    return tensors

@@ -1,0 +1,79 @@
+"""`sftrec recommend`: users of the run, typed histories, or a file of histories, to ranked titles."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+from polars.exceptions import PolarsError
+
+from sftrec_jax.console import console
+from sftrec_jax.decode.recommender import Recommender
+from sftrec_jax.errors import UserError
+from sftrec_jax.items.titles import TitleIndex
+from sftrec_jax.run.session import Session
+from sftrec_jax.run.tables import recommendation_frame
+
+
+def user_history(session: Session, user: str) -> np.ndarray:
+    """All items of a user of the run; raises UserError with users that exist for another."""
+    found = np.flatnonzero(session.dataset.user_ids == user)
+    if not len(found):
+        some = ", ".join(str(u) for u in session.dataset.user_ids[:3])
+        raise UserError(
+            f"--user {user}: not a user of this run, which has {len(session.dataset.user_ids):,} (such as {some}); give a --history"
+        )
+    return session.dataset.history(int(found[0]))
+
+
+def file_histories(session: Session, path: Path) -> tuple[list[str], list[np.ndarray]]:
+    """Names and histories from a file.
+
+    `.jsonl` or `.parquet`: column `history` with a list of item ids or titles (or one text with `;` between titles), and
+    optionally `user`. `.txt`: a line a user, titles with `;` between them.
+    """
+    if not path.exists():
+        raise UserError(f"{path}: no such file; give a .jsonl, .parquet or .txt file of histories")
+    try:
+        if path.suffix == ".txt":
+            rows: list[dict[str, Any]] = [{"history": line} for line in path.read_text(encoding="utf-8").splitlines()]
+        elif path.suffix == ".jsonl":
+            rows = pl.read_ndjson(path).to_dicts()
+        elif path.suffix == ".parquet":
+            rows = pl.read_parquet(path).to_dicts()
+        else:
+            raise UserError(f"{path}: unknown ending {path.suffix!r}; use .jsonl, .parquet or .txt")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: byte {error.start} is not UTF-8; convert it with `iconv -t UTF-8`") from None
+    except (PolarsError, OSError) as error:
+        raise UserError(f"{path}: cannot be read ({' '.join(str(error).split())[:200]})") from None
+    if not rows:
+        raise UserError(f"{path}: holds no history; write at least one row")
+    index = TitleIndex(session.codes.titles)
+    by_id = {str(item): i for i, item in enumerate(session.dataset.item_ids)}
+    names, histories = [], []
+    for number, row in enumerate(rows, start=1):
+        if "history" not in row:
+            raise UserError(f"{path}: row {number} has no column `history`, it has {', '.join(row)}; rename the column")
+        value = row["history"]
+        try:
+            if isinstance(value, str):
+                items = index.split(value)
+            else:
+                items = [by_id[str(v)] if str(v) in by_id else index.split(str(v))[0] for v in value or []]
+        except UserError as error:
+            raise UserError(f"{path}: row {number}: {error}") from None
+        names.append(str(row.get("user", number)))
+        histories.append(np.asarray(items, np.int32))
+    return names, histories
+
+
+def recommend(session: Session, names: Sequence[str], histories: Sequence[np.ndarray], k: int, keep_seen: bool) -> pl.DataFrame:
+    """Columns user, rank, item_id, title, score: the `k` best items for each history, without those in it."""
+    decoder, step = session.trained_decoder()
+    console.print(f"model of {session.folder.path}, step {step}")
+    recommender = Recommender(decoder, session.codes, session.config.decode, session.mesh)
+    prompts = [session.prompts.prompt(h) for h in histories]
+    ranking = recommender.rank(prompts, None if keep_seen else list(histories), k)
+    return recommendation_frame(list(names), session.dataset.item_ids, session.codes.titles, ranking)

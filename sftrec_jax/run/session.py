@@ -1,0 +1,142 @@
+"""A run opened in memory: configuration, data, codes, tokenizer, model shape, mesh, prompts."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import jax
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh
+
+from sftrec_jax.config import RunConfig, load_config
+from sftrec_jax.console import console
+from sftrec_jax.data.dataset import Dataset
+from sftrec_jax.data.prepare import prepare_dataset
+from sftrec_jax.data.prompts import PromptBuilder, prompt_builder
+from sftrec_jax.errors import UserError
+from sftrec_jax.items.codes import ItemCodes, atomic_codes, title_codes
+from sftrec_jax.items.titles import distinct_titles
+from sftrec_jax.model.decoder import Decoder
+from sftrec_jax.model.hub import BaseSource, load_tokenizer, resolve_base
+from sftrec_jax.model.load import Build, load_decoder, make_build, source_architecture, trainable_filter
+from sftrec_jax.model.sharding import make_mesh, named_arrays, with_arrays
+from sftrec_jax.run.folder import RunFolder, open_folder
+from sftrec_jax.train.checkpoint import Checkpoints
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+
+@dataclass(frozen=True, eq=False)
+class Session:
+    """Everything a stage needs. `tokenizer` holds the item tokens."""
+
+    folder: RunFolder
+    config: RunConfig
+    dataset: Dataset
+    codes: ItemCodes
+    tokenizer: "PreTrainedTokenizerFast"
+    source: BaseSource
+    build: Build
+    mesh: Mesh
+    prompts: PromptBuilder
+
+    def base_decoder(self) -> Decoder:
+        """The decoder before training: base weights, adapters at the identity, new rows at their first values."""
+        model = self.config.model
+        return load_decoder(self.build, self.source, self.codes, self.mesh, self.config.train.seed, model.from_scratch)
+
+    def split(self, decoder: Decoder) -> tuple[nnx.GraphDef, nnx.State, nnx.State]:
+        """(graphdef, trained variables, frozen variables)."""
+        graphdef, trained, frozen = nnx.split(decoder, trainable_filter(self.config.train.method), ...)
+        return graphdef, trained, frozen
+
+    def trained_decoder(self) -> tuple[Decoder, int]:
+        """The best checkpoint's decoder and its step."""
+        if not self.folder.checkpoints.exists():
+            raise UserError(f"{self.folder.path}: has no checkpoint; run `sftrec train {self.folder.path}` first")
+        checkpoints = Checkpoints(self.folder.checkpoints, self.config.train.keep_checkpoints)
+        step = checkpoints.best()
+        if step is None:
+            raise UserError(
+                f"{self.folder.checkpoints}: holds no finished checkpoint; run `sftrec train {self.folder.path} --resume`"
+            )
+        graphdef, trained, frozen = self.split(self.base_decoder())
+        arrays = checkpoints.restore_trained(step, named_arrays(trained))
+        checkpoints.close()
+        return nnx.merge(graphdef, with_arrays(trained, arrays), frozen), step
+
+
+def _open(folder: RunFolder, config: RunConfig, dataset: Dataset, codes: ItemCodes | None) -> Session:
+    model = config.model
+    source = resolve_base(model.base, model.revision)
+    arch = source_architecture(source)
+    tokenizer = load_tokenizer(source, model.tokenizer)
+    if len(tokenizer) > arch.vocab_size and codes is None:
+        raise UserError(
+            f"{source.label}: the tokenizer has {len(tokenizer)} tokens but the model only {arch.vocab_size} rows; "
+            "set model.tokenizer to the model's own"
+        )
+    if codes is None:
+        titles = distinct_titles(dataset.titles, dataset.item_ids)
+        if config.items.tokenizer == "atomic":
+            codes = atomic_codes(dataset.item_ids, titles, tokenizer, config.items.init)
+        else:
+            codes = title_codes(titles, tokenizer, config.items.max_title_tokens, dataset.item_ids)
+        codes.save(folder.prepared)
+    elif codes.new_tokens:
+        from transformers import AddedToken
+
+        new: list[str | AddedToken] = [AddedToken(name, normalized=False, special=False) for name in codes.new_tokens]
+        tokenizer.add_tokens(new)
+        if tokenizer.convert_tokens_to_ids(list(codes.new_tokens)) != codes.new_token_ids.tolist():
+            raise UserError(f"{folder.prepared}: was prepared with another tokenizer than {source.label}; prepare again")
+    context = min(arch.context, config.train.row_length)
+    return Session(
+        folder=folder,
+        config=config,
+        dataset=dataset,
+        codes=codes,
+        tokenizer=tokenizer,
+        source=source,
+        build=make_build(model, config.lora, config.train, arch, codes),
+        mesh=make_mesh(config.mesh),
+        prompts=prompt_builder(config.prompt, codes, tokenizer, context),
+    )
+
+
+def prepare(folder: RunFolder, config: RunConfig) -> Session:
+    """Reads the log and the catalogue, splits, names the items; writes `prepared/`."""
+    dataset = prepare_dataset(config.data)
+    dataset.save(folder.prepared)
+    session = _open(folder, config, dataset, None)
+    lengths = np.diff(dataset.offsets)
+    console.print(
+        f"data: {len(dataset.user_ids):,} users, {len(dataset.item_ids):,} items, {len(dataset.items):,} interactions "
+        f"({lengths.min()} to {lengths.max()} a user, median {int(np.median(lengths))}), split {config.data.split}; "
+        f"{dataset.report.get('tied_timestamp_share') or 0:.1%} of interactions tied in time, ordered by a hash of tie_seed"
+    )
+    for key, value in dataset.report.items():
+        console.print(f"  {key}: {value}")
+    codes = session.codes
+    console.print(
+        f"items: {config.items.tokenizer}, {codes.codes.shape[1]} tokens at most, {len(codes.new_tokens):,} new tokens; "
+        f"base {session.source.label}"
+    )
+    return session
+
+
+def open_session(path: Path) -> Session:
+    """Opens a prepared run."""
+    folder = open_folder(path)
+    if not (folder.prepared / "item_codes.json").exists():
+        raise UserError(f"{path}: is not prepared; run `sftrec prepare CONFIG --out {path}`")
+    return _open(folder, load_config(folder.config), Dataset.load(folder.prepared), ItemCodes.load(folder.prepared))
+
+
+def describe_devices(mesh: Mesh) -> str:
+    """One line on devices and mesh."""
+    device = jax.devices()[0]
+    shape = ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
+    return f"{mesh.size} {device.platform} device(s) ({device.device_kind}), mesh {shape}"

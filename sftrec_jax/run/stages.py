@@ -1,0 +1,213 @@
+"""The stages of a run after `prepare`: train, evaluate, export. Each takes an open session and leaves files."""
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+
+from sftrec_jax.console import console
+from sftrec_jax.decode.recommender import Ranking, Recommender
+from sftrec_jax.evaluate.baselines import Markov, Popularity
+from sftrec_jax.evaluate.metrics import DEFAULT_KS, ranking_metrics
+from sftrec_jax.model.cards import CardInfo
+from sftrec_jax.model.decoder import Decoder
+from sftrec_jax.model.export import export_adapter, export_merged
+from sftrec_jax.model.load import compute_dtype
+from sftrec_jax.model.sharding import with_arrays
+from sftrec_jax.run.folder import write_json
+from sftrec_jax.run.session import Session, describe_devices
+from sftrec_jax.run.tables import metrics_table, write_recommendations
+from sftrec_jax.train.batches import BatchPlan
+from sftrec_jax.train.loop import TrainResult, train
+
+RECOMMENDED = 10
+"""Items a user in recommendations.parquet."""
+
+CARD_METRICS = ("recall@5", "recall@10", "ndcg@5", "ndcg@10", "mrr")
+
+
+def _size(state: nnx.State) -> int:
+    return sum(int(np.prod(x.shape)) for x in jax.tree.leaves(state))
+
+
+def train_stage(session: Session, resume: bool) -> TrainResult:
+    """Trains and leaves `checkpoints/` and `metrics.jsonl`."""
+    config = session.config
+    dataset, builder = session.dataset, session.prompts
+    examples = [e for user in range(len(dataset.user_ids)) for e in builder.examples(dataset.train_history(user))]
+    plan = BatchPlan(examples, config.train)
+    decoder = session.base_decoder()
+    graphdef, trained, frozen = session.split(decoder)
+    dtype, why = compute_dtype(config.model)
+    t = config.train
+    console.print(f"devices: {describe_devices(session.mesh)}")
+    console.print(f"compute: {dtype.name} ({why}); adapters and optimizer float32; remat {config.model.remat}")
+    console.print(f"parameters: {_size(trained):,} trained of {_size(trained) + _size(frozen):,} ({t.method})")
+    console.print(
+        f"examples: {len(examples):,} with {int(plan.targets.sum()):,} targets in {int(plan.lengths.sum()):,} tokens; "
+        f"rows of {t.row_length}, {plan.efficiency():.1%} of positions used; "
+        + ", ".join(f"{name} {count:,}" for name, count in builder.counts.items() if "cut" in name or "left" in name)
+    )
+    console.print(
+        f"batch: {t.accumulate} passes x {t.batch_rows} rows x {t.row_length} tokens = "
+        f"{t.accumulate * t.batch_rows * t.row_length:,} positions a step; {plan.steps:,} steps, {t.epochs:g} epochs"
+    )
+    console.print(f"files: {session.folder.path}")
+    validator = _Validator(session, decoder)
+    result = train(
+        graphdef, trained, frozen, plan, config.lora.dropout > 0, session.mesh, session.folder.path,
+        lambda arrays: validator(nnx.merge(graphdef, with_arrays(trained, arrays), frozen)), resume,
+    )  # fmt: skip
+    console.print(
+        f"trained {result.step} steps in {result.seconds / 60:.1f} min ({result.seconds_validating / 60:.1f} of them validating); "
+        f"best validation NDCG@10 {result.best:.4f} at step {result.best_step}"
+    )
+    return result
+
+
+class _Validator:
+    """Recall and NDCG on validation targets of a fixed sample of users."""
+
+    def __init__(self, session: Session, decoder: Decoder):
+        self.session = session
+        self.users = _draw(np.flatnonzero(session.dataset.valid_position >= 0), session.config.train.validate_users, session)
+        self.asked = _Asked(session, self.users, session.dataset.valid_position)
+        self.recommender = Recommender(decoder, session.codes, session.config.decode, session.mesh)
+
+    def __call__(self, decoder: Decoder) -> dict[str, float]:
+        if not len(self.users):
+            return {name: 0.0 for name in ("recall@10", "ndcg@10")}
+        self.recommender.update(decoder)
+        k = min(self.session.config.decode.top_k, len(self.session.dataset.item_ids))
+        ranking = self.recommender.rank(self.asked.prompts, self.asked.histories, k)
+        return {**_metrics(ranking.items, self.asked.targets), "users": float(len(self.users))}
+
+
+class _Asked:
+    """Prompts and targets of some users at the given positions of their histories (-1: after the whole history)."""
+
+    def __init__(self, session: Session, users: np.ndarray, positions: np.ndarray):
+        histories = [session.dataset.history(int(u)) for u in users]
+        ends = [len(h) if positions[u] < 0 else int(positions[u]) for u, h in zip(users, histories, strict=True)]
+        self.histories = [h[:end] for h, end in zip(histories, ends, strict=True)]
+        self.targets = np.asarray([h[end] if end < len(h) else -1 for h, end in zip(histories, ends, strict=True)], np.int32)
+        self.prompts = [session.prompts.prompt(h) for h in self.histories]
+
+
+def _draw(users: np.ndarray, count: int | None, session: Session) -> np.ndarray:
+    if count is None or count >= len(users):
+        return users
+    return np.sort(np.random.default_rng(session.config.train.seed).permutation(users)[:count])
+
+
+def _metrics(items: np.ndarray, targets: np.ndarray) -> dict[str, float]:
+    padded = np.full((len(items), max(DEFAULT_KS)), -1, np.int32)
+    width = min(items.shape[1], padded.shape[1])
+    padded[:, :width] = items[:, :width]
+    return ranking_metrics(padded, targets)
+
+
+def evaluate_stage(session: Session, decoder: Decoder, step: int) -> dict[str, Any]:
+    """Ranks the full catalogue for every test user; leaves `metrics.json` and `recommendations.parquet`."""
+    begin = time.monotonic()
+    dataset, config = session.dataset, session.config
+    k = min(config.decode.top_k, len(dataset.item_ids))
+    with_target = _draw(np.flatnonzero(dataset.test_position >= 0), config.evaluate.users, session)
+    others = np.flatnonzero(dataset.test_position < 0) if config.evaluate.users is None else with_target[:0]
+    users = np.concatenate([with_target, others])
+    asked = _Asked(session, users, dataset.test_position)
+    recommender = Recommender(decoder, session.codes, config.decode, session.mesh)
+    masked, unmasked = recommender.rank_both(asked.prompts, asked.histories, k, _progress("evaluating", len(users)))
+    tested = len(with_target)
+    targets, histories = asked.targets[:tested], asked.histories[:tested]
+    rows = {"model": (masked.items[:tested], unmasked.items[:tested])}
+    fit = (dataset.offsets, dataset.items, dataset.train_end, len(dataset.item_ids))
+    for name, baseline in (("popularity", Popularity.fit(*fit)), ("markov", Markov.fit(*fit))):
+        rows[name] = (baseline.rank(histories, k, True), baseline.rank(histories, k, False))
+    result: dict[str, Any] = {
+        name: _metrics(seen_masked, targets) | {f"{key}_unmasked": v for key, v in _metrics(plain, targets).items()}
+        for name, (seen_masked, plain) in rows.items()
+    } if tested else {name: {} for name in rows}  # fmt: skip
+    sample = _draw(np.arange(len(users)), config.evaluate.unconstrained_users, session)
+    rate = None
+    if len(sample):
+        rate = recommender.invalid_rate([asked.prompts[i] for i in sample], RECOMMENDED, _progress("unconstrained", len(sample)))
+    result |= {
+        "users": tested,
+        "invalid_rate_unconstrained": rate,
+        "invalid_rate_unconstrained_users": len(sample),
+        "checkpoint_step": step,
+        "items": len(dataset.item_ids),
+        "seconds_evaluating": round(time.monotonic() - begin, 1),
+    }
+    write_json(session.folder.metrics, result)
+    top = min(RECOMMENDED, k)
+    write_recommendations(
+        session.folder.recommendations,
+        dataset,
+        session.codes.titles,
+        users,
+        Ranking(masked.items[:, :top], masked.scores[:, :top]),
+    )
+    console.print(metrics_table(result))
+    if rate is not None:
+        console.print(
+            f"without the constraint {rate:.1%} of the top {RECOMMENDED} of {len(sample)} users would be no item; with it, none is"
+        )
+    return result
+
+
+def _progress(what: str, total: int) -> Any:
+    shown = [time.monotonic()]
+
+    def report(done: int) -> None:
+        if time.monotonic() - shown[0] > 15:
+            shown[0] = time.monotonic()
+            console.print(f"{what}: {done} of {total} users")
+
+    return report
+
+
+def _card(session: Session, command: str) -> CardInfo:
+    data, config = session.dataset, session.config
+    metrics: dict[str, Any] = {}
+    if session.folder.metrics.exists():
+        metrics = json.loads(session.folder.metrics.read_text(encoding="utf-8"))
+    return CardInfo(
+        name=session.folder.path.resolve().name,
+        base=config.model.base,
+        data=(
+            f"{Path(config.data.source).name}: {len(data.user_ids):,} users, {len(data.item_ids):,} items, {len(data.items):,} "
+            f"interactions; split {config.data.split}, tie seed {config.data.tie_seed}. "
+            "Metrics: test targets, full catalogue, seen items masked."
+        ),
+        command=command,
+        metrics={n: {k: row[k] for k in CARD_METRICS if k in row} for n, row in metrics.items() if isinstance(row, dict)},
+    )
+
+
+def export_to(session: Session, decoder: Decoder, command: str, out: Path, form: str, dtype: Any, overwrite: bool) -> None:
+    """Writes the `merged` model or the `adapter` to a folder."""
+    card = _card(session, command)
+    parts = (decoder, session.build, session.codes, session.tokenizer)
+    if form == "merged":
+        report = export_merged(*parts, out, card, dtype, overwrite)
+        change = f"; merging changed logits by at most {report.merge_change:.1e}"
+    else:
+        report = export_adapter(*parts, session.config.model.base, out, card, overwrite)
+        change = ""
+    console.print(
+        f"export: {report.folder} ({form}, {report.bytes / 1e6:.0f} MB, {report.vocab_size:,} token rows, {report.dtype}){change}"
+    )
+
+
+def export_stage(session: Session, decoder: Decoder, command: str, overwrite: bool) -> None:
+    """Leaves `export/` (merged, float32) and, where the run has one, `export/adapter/`."""
+    out = session.folder.export
+    export_to(session, decoder, command, out, "merged", "float32", overwrite)
+    if session.build.adapters is not None:
+        export_to(session, decoder, command, out / "adapter", "adapter", "float32", overwrite)

@@ -1,0 +1,62 @@
+"""Tables that a run shows and writes: metrics beside baselines, recommendations with titles."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+from rich.table import Table
+
+from sftrec_jax.data.dataset import Dataset
+from sftrec_jax.decode.recommender import Ranking
+from sftrec_jax.errors import UserError
+
+SHOWN = ("recall@5", "ndcg@5", "recall@10", "ndcg@10", "recall@20", "ndcg@20", "mrr")
+
+
+def metrics_table(result: dict[str, Any]) -> Table:
+    """Model and baselines, seen items masked."""
+    table = Table(title=f"test, {result['users']} users, full catalogue of {result['items']:,} items, seen items masked")
+    table.add_column("")
+    for name in SHOWN:
+        table.add_column(name, justify="right")
+    for row in ("model", "popularity", "markov"):
+        table.add_row(row, *(f"{result[row][name]:.4f}" if name in result[row] else "-" for name in SHOWN))
+    return table
+
+
+def recommendation_frame(names: list[str], item_ids: np.ndarray, titles: np.ndarray, ranking: Ranking) -> pl.DataFrame:
+    """Columns user, rank (from 1), item_id, title, score (log-probability); one row for each item that was found."""
+    users, ranks = np.nonzero(ranking.items >= 0)
+    items = ranking.items[users, ranks]
+    return pl.DataFrame(
+        {
+            "user": [names[u] for u in users],
+            "rank": (ranks + 1).astype(np.int32),
+            "item_id": [str(item_ids[i]) for i in items],
+            "title": [str(titles[i]) for i in items],
+            "score": ranking.scores[users, ranks].astype(np.float32),
+        },
+        schema={"user": pl.String, "rank": pl.Int32, "item_id": pl.String, "title": pl.String, "score": pl.Float32},
+    )
+
+
+def write_frame(path: Path, frame: pl.DataFrame) -> None:
+    """Parquet or JSON lines by the ending of `path`, atomically."""
+    if path.suffix not in (".parquet", ".jsonl"):
+        raise UserError(f"{path}: unknown ending {path.suffix!r}; use .parquet or .jsonl")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        frame.write_parquet(temporary) if path.suffix == ".parquet" else frame.write_ndjson(temporary)
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise UserError(f"{path}: cannot be written ({error.strerror or error}); choose another place") from None
+
+
+def write_recommendations(path: Path, dataset: Dataset, titles: np.ndarray, users: np.ndarray, ranking: Ranking) -> None:
+    """recommendations.parquet of a run, users in the order of the data set."""
+    order = np.argsort(users, kind="stable")
+    names = [str(dataset.user_ids[users[i]]) for i in order]
+    write_frame(path, recommendation_frame(names, dataset.item_ids, titles, Ranking(ranking.items[order], ranking.scores[order])))

@@ -1,0 +1,86 @@
+"""From examples to the batches of any optimizer step, as a pure function of (examples, config, step)."""
+
+import functools
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import grain
+import numpy as np
+
+from sftrec_jax.config import TrainConfig
+from sftrec_jax.data.packing import PackedBatch, pack_rows, packing_efficiency, plan_epoch
+from sftrec_jax.data.prompts import Example
+from sftrec_jax.errors import UserError
+
+
+@dataclass(frozen=True, eq=False)
+class BatchPlan:
+    """Which rows every step sees. Steps run on over the edges of epochs, so each row of an epoch is seen once."""
+
+    examples: Sequence[Example]
+    config: TrainConfig
+
+    def __post_init__(self) -> None:
+        if not self.examples:
+            raise UserError("no training example is left; lower data.user_core or data.min_rating, or give more interactions")
+
+    @functools.cached_property
+    def lengths(self) -> np.ndarray:
+        """int64 [n] tokens of each example."""
+        return np.asarray([len(e.tokens) for e in self.examples], np.int64)
+
+    @functools.cached_property
+    def targets(self) -> np.ndarray:
+        """int64 [n] targets of each example."""
+        return np.asarray([len(e.labels) for e in self.examples], np.int64)
+
+    @functools.cached_property
+    def targets_per_row(self) -> int:
+        """K: room for the targets that a full row has on average and half as many again, at least the longest example."""
+        share = self.targets.sum() / self.lengths.sum()
+        room = math.ceil(min(1.5 * share, 1.0) * self.config.row_length / 8) * 8
+        return int(min(max(room, self.targets.max()), self.config.row_length))
+
+    @functools.lru_cache(maxsize=2)  # noqa: B019  (a plan lives as long as its run)
+    def rows(self, epoch: int) -> list[np.ndarray]:
+        """Rows (arrays of example indices) of an epoch."""
+        c = self.config
+        return plan_epoch(self.lengths, self.targets, c.row_length, self.targets_per_row, c.seed, epoch)
+
+    @property
+    def rows_per_step(self) -> int:
+        """batch_rows x accumulate."""
+        return self.config.batch_rows * self.config.accumulate
+
+    @functools.cached_property
+    def steps(self) -> int:
+        """Optimizer steps of the run."""
+        wanted = max(1, round(self.config.epochs * len(self.rows(0)) / self.rows_per_step))
+        return min(wanted, self.config.max_steps) if self.config.max_steps else wanted
+
+    def efficiency(self) -> float:
+        """Share of row positions of the first epoch that are not padding."""
+        return packing_efficiency(self.lengths, self.rows(0), self.config.row_length)
+
+    @functools.lru_cache(maxsize=8)  # noqa: B019
+    def _first_row(self, epoch: int) -> int:
+        return 0 if epoch == 0 else self._first_row(epoch - 1) + len(self.rows(epoch - 1))
+
+    def batch(self, step: int) -> PackedBatch:
+        """Arrays [A, B, ...] of one optimizer step (counted from 0)."""
+        rows: list[np.ndarray] = []
+        epoch = 0
+        for index in range(step * self.rows_per_step, (step + 1) * self.rows_per_step):
+            while index >= self._first_row(epoch) + len(self.rows(epoch)):
+                epoch += 1
+            rows.append(self.rows(epoch)[index - self._first_row(epoch)])
+        c = self.config
+        flat = pack_rows(self.examples, rows, c.row_length, self.targets_per_row)
+        stacked = {n: v.reshape(c.accumulate, c.batch_rows, -1) for n, v in vars(flat).items()}
+        return PackedBatch(**stacked)
+
+    def iterate(self, first_step: int) -> Iterator[PackedBatch]:
+        """Batches from `first_step` to the end, made ahead by a background thread."""
+        dataset = grain.MapDataset.range(first_step, self.steps).map(self.batch)
+        return iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)))

@@ -1,0 +1,129 @@
+"""The training loop: restore, step, validate, save; reads top to bottom."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh
+
+from sftrec_jax.config import TrainConfig
+from sftrec_jax.console import console
+from sftrec_jax.errors import UserError
+from sftrec_jax.model.sharding import named_arrays
+from sftrec_jax.train.batches import BatchPlan
+from sftrec_jax.train.checkpoint import BEST_METRIC, Checkpoints
+from sftrec_jax.train.metrics import JsonLines, TrainProgress
+from sftrec_jax.train.optimizer import make_optimizer, schedule
+from sftrec_jax.train.step import TrainState, init_state, make_train_step, shard_batches
+
+Validate = Callable[[dict[str, jax.Array]], dict[str, float]]
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What training ended with."""
+
+    step: int
+    best_step: int
+    best: float
+    """Validation NDCG@10 of `best_step`."""
+    seconds: float
+    seconds_validating: float
+    tokens: int
+    targets: int
+
+
+def train(
+    graphdef: nnx.GraphDef,
+    trained: nnx.State,
+    frozen: nnx.State,
+    plan: BatchPlan,
+    dropout: bool,
+    mesh: Mesh,
+    folder: Path,
+    validate: Validate,
+    resume: bool,
+) -> TrainResult:
+    """Trains to `plan.steps` and keeps checkpoints in `folder/checkpoints`, records in `folder/metrics.jsonl`.
+
+    `validate` takes the trained arrays by name and returns ranking metrics, `ndcg@10` among them. With `resume` it goes on
+    from the newest checkpoint, or begins where there is none.
+    """
+    config, steps = plan.config, plan.steps
+    optimizer = make_optimizer(config, steps)
+    checkpoints = Checkpoints(folder / "checkpoints", config.keep_checkpoints)
+    state = init_state(named_arrays(trained), optimizer, mesh)
+    template = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), trained)
+    first = checkpoints.latest() if resume else None
+    if first is not None:
+        state = checkpoints.restore(first, state)
+        console.print(f"resumed from step {first} of {steps}")
+    first = first or 0
+    records = JsonLines(folder / "metrics.jsonl", first if resume else None)
+    step_fn = make_train_step(graphdef, template, optimizer, config.seed if dropout else None)
+    rates = (
+        schedule(config.learning_rate, steps, config),
+        schedule(config.rows_learning_rate or config.learning_rate, steps, config),
+    )
+    every = config.validate_every or max(1, -(-steps // 4))
+    begin, validating, totals = time.monotonic(), 0.0, np.zeros(2)
+
+    def note(step: int, metrics: dict[str, jax.Array], since: float, progress: TrainProgress) -> float:
+        values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+        if not np.isfinite(values["loss"]):
+            raise UserError(
+                f"the loss is {values['loss']} at step {step}; lower train.learning_rate and train.rows_learning_rate, "
+                "then start again (earlier checkpoints are intact)"
+            )
+        now = time.monotonic()
+        seconds = max(now - since, 1e-9)
+        totals[:] += (values["tokens"], values["targets"])
+        record = values | {
+            "tokens_per_s": values["tokens"] / seconds,
+            "target_tokens_per_s": values["targets"] / seconds,
+            "learning_rate": float(rates[0](step - 1)),
+            "rows_learning_rate": float(rates[1](step - 1)),
+            "seconds": round(now - begin, 3),
+        }
+        records.write({"step": step, **record})
+        progress.update(step, record)
+        return now
+
+    with TrainProgress(steps, first) as progress:
+        pending: tuple[int, Any] | None = None
+        batches = plan.iterate(first)
+        noted = time.monotonic()
+        for step in range(first + 1, steps + 1):
+            state, metrics = step_fn(state, frozen, shard_batches(next(batches), mesh))
+            if pending:  # the numbers of a step are fetched after the next one has been launched
+                noted = note(*pending, noted, progress)
+            pending = (step, metrics)
+            if step % every == 0 or step == steps:
+                noted = note(*pending, noted, progress)
+                pending = None
+                before = time.monotonic()
+                valid = validate(state.trained)
+                validating += time.monotonic() - before
+                records.write({"step": step, "valid": valid, "seconds": round(time.monotonic() - begin, 3)})
+                console.print(f"step {step}: validation " + "  ".join(f"{k} {valid[k]:.4f}" for k in ("recall@10", "ndcg@10")))
+                checkpoints.save(state, {BEST_METRIC: valid[BEST_METRIC]})
+                noted = time.monotonic()
+    records.close()
+    checkpoints.close()
+    return _result(folder, config, state, time.monotonic() - begin, validating, totals)
+
+
+def _result(
+    folder: Path, config: TrainConfig, state: TrainState, seconds: float, validating: float, totals: np.ndarray
+) -> TrainResult:
+    checkpoints = Checkpoints(folder / "checkpoints", config.keep_checkpoints)
+    best = checkpoints.best()
+    assert best is not None  # the last step is always saved
+    score = checkpoints.score(best)
+    checkpoints.close()
+    return TrainResult(int(state.step), best, score, seconds, validating, int(totals[0]), int(totals[1]))

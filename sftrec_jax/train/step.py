@@ -1,0 +1,93 @@
+"""One pure training step: (trained variables, optimizer state) and a stack of packed batches in, new state and metrics out."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from sftrec_jax.data.packing import PackedBatch
+from sftrec_jax.errors import UserError
+from sftrec_jax.model.sharding import BATCH, with_arrays
+from sftrec_jax.train.loss import target_loss
+
+
+class TrainState(NamedTuple):
+    """What changes while training. `step` counts optimizer steps, int32; `trained` holds arrays by path name."""
+
+    step: jax.Array
+    trained: dict[str, jax.Array]
+    optimizer: Any
+
+
+def init_state(trained: dict[str, jax.Array], optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
+    """Step 0; the optimizer's moments lie where their parameters lie, its scalars on every device."""
+    everywhere = NamedSharding(mesh, PartitionSpec())
+
+    def sharding(path: tuple[Any, ...], _: Any) -> Any:
+        name = getattr(path[-1], "key", None)
+        return trained[name].sharding if name in trained else everywhere
+
+    shapes = jax.eval_shape(optimizer.init, trained)
+    moments = jax.jit(optimizer.init, out_shardings=jax.tree_util.tree_map_with_path(sharding, shapes))(trained)
+    return TrainState(jax.device_put(jnp.zeros((), jnp.int32), everywhere), trained, moments)
+
+
+def make_train_step(
+    graphdef: nnx.GraphDef, template: nnx.State, optimizer: optax.GradientTransformation, dropout_seed: int | None
+) -> Callable[[TrainState, nnx.State, PackedBatch], tuple[TrainState, dict[str, jax.Array]]]:
+    """The jitted step (state, frozen, batches) -> (state, metrics); `state` is donated.
+
+    `template` is a state with the structure of the trained variables.
+
+    `batches` holds arrays [A, B, ...]: A passes whose gradients are added before one update. The loss is normalised
+    over all target tokens of the A passes, so passes of unequal size weigh by their tokens. Metrics, float32 scalars:
+    `loss` (nats a target token), `grad_norm` (before clipping), `targets`, `tokens` (without padding).
+    """
+
+    def total_loss(trained: dict[str, jax.Array], frozen: nnx.State, batch: PackedBatch, key: jax.Array | None) -> jax.Array:
+        return target_loss(nnx.merge(graphdef, with_arrays(template, trained), frozen), batch, key)
+
+    def step(state: TrainState, frozen: nnx.State, batches: PackedBatch) -> tuple[TrainState, dict[str, jax.Array]]:
+        passes = batches.tokens.shape[0]
+        keys = None
+        if dropout_seed is not None:
+            keys = jax.random.split(jax.random.fold_in(jax.random.key(dropout_seed), state.step), passes)
+
+        def add(carry: Any, scanned: tuple[PackedBatch, jax.Array | None]) -> tuple[Any, None]:
+            value, gradient = jax.value_and_grad(total_loss)(state.trained, frozen, *scanned)
+            return (carry[0] + value, jax.tree.map(jnp.add, carry[1], gradient)), None
+
+        zero = (jnp.zeros((), jnp.float32), jax.tree.map(jnp.zeros_like, state.trained))
+        if passes == 1:
+            key = None if keys is None else keys[0]
+            loss, gradient = jax.value_and_grad(total_loss)(state.trained, frozen, jax.tree.map(lambda x: x[0], batches), key)
+        else:
+            (loss, gradient), _ = jax.lax.scan(add, zero, (batches, keys))
+        targets = jnp.sum(batches.weights)
+        gradient = jax.tree.map(lambda g: g / targets, gradient)
+        updates, optimizer_state = optimizer.update(gradient, state.optimizer, state.trained)
+        trained = optax.apply_updates(state.trained, updates)
+        metrics = {
+            "loss": loss / targets,
+            "grad_norm": optax.tree.norm(gradient),
+            "targets": targets,
+            "tokens": jnp.sum(batches.segments > 0).astype(jnp.float32),
+        }
+        return TrainState(state.step + 1, trained, optimizer_state), metrics
+
+    return jax.jit(step, donate_argnums=0)
+
+
+def shard_batches(batches: PackedBatch, mesh: Mesh) -> PackedBatch:
+    """Places arrays [A, B, ...] with axis 1 divided over the mesh axes data and fsdp."""
+    ways = mesh.shape["data"] * mesh.shape["fsdp"]
+    rows = batches.tokens.shape[1]
+    if rows % ways:
+        raise UserError(
+            f"train.batch_rows is {rows}, which data x fsdp = {ways} devices cannot divide; use {-(-rows // ways) * ways}"
+        )
+    return jax.device_put(batches, NamedSharding(mesh, PartitionSpec(None, *BATCH)))
