@@ -1,19 +1,25 @@
 """The command line: `sftrec VERB ...`. Verbs only; the work is in the rooms."""
 
 import argparse
+import contextlib
+import dataclasses
+import difflib
+import io
 import json
 import os
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from sftrec_jax import __version__
 from sftrec_jax.errors import UserError
 
 if TYPE_CHECKING:
     from sftrec_jax.config import RunConfig
+
+RUN_OPTIONS = ("--out", "--overwrite", "--resume", "--help-config")
 
 OVERRIDES = "Any field of the config can be changed: --train.epochs 2 --items.tokenizer title (see --help-config)."
 
@@ -27,8 +33,13 @@ EXAMPLES = {
 }
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; see {self.prog} --help")
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="sftrec",
         description="Supervised fine-tuning of a language model for recommendation, and ranking by real items only.",
         epilog=f"Start with: {EXAMPLES['run']}",
@@ -86,29 +97,66 @@ def _parser() -> argparse.ArgumentParser:
 def _configure(path: Path | None, extra: Sequence[str], show: bool) -> "RunConfig":
     import tyro
 
-    from sftrec_jax.config import RunConfig, load_config, nearest_field
+    from sftrec_jax.config import RunConfig, load_config
 
     if show:
         tyro.cli(RunConfig, prog="sftrec run CONFIG", args=["--help"])
     if path is None:
         raise UserError("no CONFIG given; name a YAML file, such as configs/quick.yaml")
+    _check_options(extra)
+    base = load_config(path)
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            config = tyro.cli(RunConfig, prog="sftrec run CONFIG", default=base, args=list(extra))
+    except SystemExit:
+        raise UserError(f"{_in_box(said.getvalue())}; --help-config lists every field") from None
+    return _resolve_changed(base, config)
+
+
+def _check_options(extra: Sequence[str]) -> None:
+    """UserError for an option that neither the verb nor the config has, with the nearest that exists."""
+    from sftrec_jax.config import nearest_field
+
     for word in extra:
-        near = nearest_field(word.split("=")[0]) if word.startswith("--") else None
+        option = word.split("=")[0]
+        if not option.startswith("--"):
+            continue
+        near = nearest_field(option)
+        if near and "." not in option:
+            near = (difflib.get_close_matches(option, RUN_OPTIONS, n=1) or [near])[0]
         if near:
-            raise UserError(f"unknown option {word.split('=')[0]}; the nearest known one is {near}")
-    return tyro.cli(RunConfig, prog="sftrec run CONFIG", default=load_config(path), args=list(extra))
+            raise UserError(f"unknown option {option}; the nearest known one is {near}")
+
+
+def _in_box(text: str) -> str:
+    """The message in the box that tyro draws (in ASCII where standard output is not UTF-8), as one line without its last dot."""
+    lines = [line.strip("│| ") for line in text.splitlines() if line.startswith(("│", "|"))]
+    until = next((i for i, line in enumerate(lines) if line and set(line) <= {"─", "-"}), len(lines))
+    return " ".join(lines[:until]).rstrip(".") or " ".join(text.split())
+
+
+def _resolve_changed(base: "RunConfig", config: "RunConfig") -> "RunConfig":
+    """Paths given as overrides are relative to the current folder; those of the file are resolved already."""
+    from sftrec_jax.config import PATH_FIELDS, resolve_paths
+
+    here = resolve_paths(config, Path.cwd())
+    for section, names in PATH_FIELDS.items():
+        part, before = getattr(config, section), getattr(base, section)
+        changed = {n: getattr(getattr(here, section), n) for n in names if getattr(part, n) != getattr(before, n)}
+        config = dataclasses.replace(config, **{section: dataclasses.replace(part, **changed)})
+    return config
 
 
 def _default_out(config: Path) -> Path:
     return Path("runs") / config.stem
 
 
-def _create(args: argparse.Namespace, extra: Sequence[str]) -> tuple[Any, Any]:
+def _new_run(args: argparse.Namespace, extra: Sequence[str]) -> Any:
     config = _configure(args.config, extra, args.help_config)
-    from sftrec_jax.run.folder import create_run
+    from sftrec_jax.run.folder import new_run
 
-    folder = create_run(args.out or _default_out(args.config), config, getattr(args, "resume", False), args.overwrite)
-    return folder, config
+    return config, new_run(args.out or _default_out(args.config), config, getattr(args, "resume", False), args.overwrite)
 
 
 def _command(argv: Sequence[str]) -> str:
@@ -123,10 +171,11 @@ def _run(args: argparse.Namespace, extra: Sequence[str], argv: Sequence[str]) ->
     from sftrec_jax.run import stages
 
     begin = time.monotonic()
-    folder, config = _create(args, extra)
-    prepared = args.resume and (folder.prepared / "item_codes.json").exists()
-    session = sessions.open_session(folder.path) if prepared else sessions.prepare(folder, config)
-    stages.train_stage(session, args.resume)
+    config, new_run = _new_run(args, extra)
+    with new_run as folder:
+        prepared = args.resume and (folder.prepared / "item_codes.json").exists()
+        session = sessions.open_session(folder.path) if prepared else sessions.prepare(folder, config)
+        stages.train_stage(session, args.resume)
     decoder, step = session.trained_decoder()
     stages.evaluate_stage(session, decoder, step)
     stages.export_stage(session, decoder, _command(argv), args.resume or args.overwrite)
@@ -137,7 +186,9 @@ def _run(args: argparse.Namespace, extra: Sequence[str], argv: Sequence[str]) ->
 def _prepare(args: argparse.Namespace, extra: Sequence[str], argv: Sequence[str]) -> None:
     from sftrec_jax.run import session as sessions
 
-    sessions.prepare(*_create(args, extra))
+    config, new_run = _new_run(args, extra)
+    with new_run as folder:
+        sessions.prepare(folder, config)
 
 
 def _train(args: argparse.Namespace, extra: Sequence[str], argv: Sequence[str]) -> None:
@@ -145,7 +196,7 @@ def _train(args: argparse.Namespace, extra: Sequence[str], argv: Sequence[str]) 
     from sftrec_jax.run.session import open_session
 
     session = open_session(args.run)
-    if not args.resume and session.folder.checkpoints.exists():
+    if not args.resume and session.folder.trained:
         raise UserError(f"{args.run}: is trained already; add --resume to go on, or prepare another folder")
     stages.train_stage(session, args.resume)
 
@@ -171,8 +222,10 @@ def _recommend(args: argparse.Namespace, extra: Sequence[str], argv: Sequence[st
     from sftrec_jax.items.titles import TitleIndex
     from sftrec_jax.run.recommend import file_histories, recommend, user_history
     from sftrec_jax.run.session import open_session
-    from sftrec_jax.run.tables import write_frame
+    from sftrec_jax.run.tables import check_frame_path, write_frame
 
+    if args.to:
+        check_frame_path(args.to)
     if not (args.user or args.history or args.file):
         raise UserError(f"nobody to recommend to; give --user, --history or --file, as in: {EXAMPLES['recommend']}")
     session = open_session(args.run)
@@ -218,8 +271,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Orbax and the tokenizers library speak up about threads and forks that do not concern a user.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
-    args, extra = _parser().parse_known_args(argv)
     try:
+        args, extra = _parser().parse_known_args(argv)
         if extra and args.verb not in ("run", "prepare"):
             raise UserError(f"unknown option {extra[0]}; see sftrec {args.verb} --help")
         VERBS[args.verb](args, extra, argv)

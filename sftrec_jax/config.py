@@ -27,7 +27,7 @@ class DataConfig:
     """Where interactions and the catalogue come from, and how they are filtered and split."""
 
     source: str = "movielens-latest-small"
-    """`movielens-latest-small` (embedded), a file (.csv, .tsv, .parquet, .jsonl, .inter, .txt, each also .gz), or `tfds:NAME_OR_FOLDER[:SPLIT]`."""
+    """`movielens-latest-small` (embedded), a .csv, .tsv, .parquet, .jsonl, .inter or .txt file, or `tfds:NAME_OR_FOLDER[:SPLIT]`."""
     catalogue: str | None = None
     """File with one row an item (.csv, .parquet, .jsonl, .item); None takes the ids that the log holds as titles."""
     user_column: str = "user_id"

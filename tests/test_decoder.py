@@ -67,8 +67,9 @@ ROPE = {
 def test_logits_equal_transformers(tmp_path: Path, kv_heads: int, tied: bool, rope: str, head_dim: int) -> None:
     torch.manual_seed(kv_heads)
     config = LlamaConfig(
-        vocab_size=97, hidden_size=48, intermediate_size=80, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=kv_heads,
-        head_dim=head_dim, max_position_embeddings=64, rope_parameters=ROPE[rope], tie_word_embeddings=tied, rms_norm_eps=1e-5,
+        vocab_size=97, hidden_size=48, intermediate_size=80, num_hidden_layers=3, num_attention_heads=4,
+        num_key_value_heads=kv_heads, head_dim=head_dim,
+        max_position_embeddings=64, rope_parameters=ROPE[rope], tie_word_embeddings=tied, rms_norm_eps=1e-5,
         initializer_range=0.3,
     )  # fmt: skip
     reference = LlamaForCausalLM(config).eval()

@@ -1,6 +1,5 @@
 """The catalogue index against a prefix tree of Python dictionaries."""
 
-from collections.abc import Callable
 from itertools import pairwise
 
 import jax
@@ -37,7 +36,7 @@ def walk(index: CatalogueIndex, traced: bool) -> dict[tuple[int, ...], int]:
     paths: dict[tuple[int, ...], int] = {(): 0}
     for level in range(index.length):
         state = np.asarray([list(paths.values())], np.int32)
-        token, child, valid = map(np.asarray, index.candidates(np.int32(level) if traced else level, state, since=0))
+        token, child, valid = map(np.asarray, index.candidates(np.asarray(level, np.int32) if traced else level, state, since=0))
         step: dict[tuple[int, ...], int] = {}
         for w, path in enumerate(paths):
             offered = [(int(token[0, w, j]), int(child[0, w, j])) for j in np.flatnonzero(valid[0, w])]
@@ -48,30 +47,23 @@ def walk(index: CatalogueIndex, traced: bool) -> dict[tuple[int, ...], int]:
     return paths
 
 
-def check_layouts(codes: list[tuple[int, ...]], convert: Callable[[CatalogueIndex], CatalogueIndex]) -> None:
-    array = code_array(codes)
-    trie = {code[:n] for code in codes for n in range(len(code) + 1)}
-    for layout in ("dense", "csr"):
-        index = convert(build_index(array, layout))
-        assert index.layout == layout and index.n_items == len(codes)
-        assert index.nodes == tuple(sum(len(p) == n for p in trie) for n in range(array.shape[1] + 1))
-        for traced in (False, True):
-            leaves = walk(index, traced)
-            assert list(leaves) == sorted(codes)
-            assert [int(index.item[leaf]) for leaf in leaves.values()] == [codes.index(code) for code in leaves]
-
-
 @settings(max_examples=100, deadline=None)
 @given(codes=catalogues())
 def test_layouts_spell_the_catalogue(codes: list[tuple[int, ...]]) -> None:
-    # NumPy in the place of jax.numpy: no compilation for every new shape, and an index out of range is an error.
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(index_module, "jnp", np)
-        check_layouts(codes, lambda index: jax.tree.map(np.asarray, index))
-
-
-def test_layouts_spell_the_catalogue_on_the_device() -> None:
-    check_layouts([(3, 1), (3, 2, 5), (4,), (1, 1, 2), (3, 2, 4)], lambda index: index)
+    array = code_array(codes)
+    trie = {code[:n] for code in codes for n in range(len(code) + 1)}
+    for layout in ("dense", "csr"):
+        index = build_index(array, layout)
+        assert index.layout == layout and index.n_items == len(codes)
+        assert index.nodes == tuple(sum(len(p) == n for p in trie) for n in range(array.shape[1] + 1))
+        index = jax.tree.map(np.asarray, index)
+        # NumPy in the place of jax.numpy: no compilation for every new shape, and an index out of range is an error.
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(index_module, "jnp", np)
+            spelt = [walk(index, traced) for traced in (False, True)]
+        for leaves in spelt:
+            assert list(leaves) == sorted(codes)
+            assert [int(index.item[leaf]) for leaf in leaves.values()] == [codes.index(code) for code in leaves]
 
 
 @settings(max_examples=15, deadline=None)

@@ -8,7 +8,7 @@ the longest code), S_l nodes of depth l, C_l distinct tokens of level l.
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -20,14 +20,18 @@ from sftrec_jax.errors import UserError
 DENSE_LIMIT = 64 * 1000 * 1000
 """Bytes up to which `auto` takes the dense tables."""
 
-Candidates = tuple[Int[Array, "B W K"], Int[Array, "B W K"], Bool[Array, "B W K"]]
+Leaf = Any
+"""An array of the index; inside transformations jax puts tracers, shapes and shardings in its place."""
+Values = Array | np.ndarray
+"""The index may hold NumPy arrays, too."""
+Candidates = tuple[Int[Values, "B W K"], Int[Values, "B W K"], Bool[Values, "B W K"]]
 
 
-def _at(values: tuple[int, ...], level: int | Array) -> int | Array:
+def _at(values: tuple[int, ...], level: int | Values) -> Any:
     return values[level] if isinstance(level, int) else jnp.asarray(values, jnp.int32)[level]
 
 
-def _slots(sizes: tuple[int, ...], level: int | Array, since: int) -> int:
+def _slots(sizes: tuple[int, ...], level: int | Values, since: int) -> int:
     return sizes[level] if isinstance(level, int) else max(sizes[since:])
 
 
@@ -36,10 +40,10 @@ def _slots(sizes: tuple[int, ...], level: int | Array, since: int) -> int:
 class DenseTransitions:
     """Per level a table [S_l, C_l] of the next node over the level's distinct tokens, -1 where there is none."""
 
-    table: Int[Array, "cells"]
-    """All tables, row by row, one level after the other."""
-    tokens: Int[Array, "columns"]
-    """The distinct tokens of each level, ascending, one level after the other."""
+    table: Leaf
+    """int32 [cells]. All tables, row by row, one level after the other."""
+    tokens: Leaf
+    """int32 [sum of C_l]. The distinct tokens of each level, ascending, one level after the other."""
     starts: tuple[int, ...]
     """First node of each level."""
     rows: tuple[int, ...]
@@ -49,7 +53,7 @@ class DenseTransitions:
     sizes: tuple[int, ...]
     """C_l of each level."""
 
-    def children(self, level: int | Array, state: Int[Array, "B W"], since: int) -> Candidates:
+    def children(self, level: int | Values, state: Int[Values, "B W"], since: int) -> Candidates:
         """See CatalogueIndex.candidates."""
         slot = jnp.arange(_slots(self.sizes, level, since), dtype=jnp.int32)
         size, first = _at(self.sizes, level), _at(self.rows, level)
@@ -67,13 +71,14 @@ class DenseTransitions:
 class CsrTransitions:
     """Children of node s are the nodes first_child[s] to first_child[s + 1] - 1: the number of an edge is its node."""
 
-    first_child: Int[Array, "nodes+1"]
-    token: Int[Array, "nodes"]
-    """Token that leads to a node (0 for the root)."""
+    first_child: Leaf
+    """int32 [nodes + 1]"""
+    token: Leaf
+    """int32 [nodes]. Token that leads to a node (0 for the root)."""
     sizes: tuple[int, ...]
     """Most children of a node, per level."""
 
-    def children(self, level: int | Array, state: Int[Array, "B W"], since: int) -> Candidates:
+    def children(self, level: int | Values, state: Int[Values, "B W"], since: int) -> Candidates:
         """See CatalogueIndex.candidates."""
         slot = jnp.arange(_slots(self.sizes, level, since), dtype=jnp.int32)
         first = self.first_child[state]
@@ -92,10 +97,10 @@ class CatalogueIndex:
     """The prefix tree of item codes on the device; a pytree, so that it is an argument of jitted functions."""
 
     transitions: DenseTransitions | CsrTransitions
-    item: Int[Array, "nodes"]
-    """The item of a node below which (itself included) one item lies, -1 where there are several."""
-    leaf: Bool[Array, "nodes"] | None
-    """Whether an item ends at the node; None where all codes have the same length."""
+    item: Leaf
+    """int32 [nodes]. The item of a node below which (itself included) one item lies, -1 where there are several."""
+    leaf: Leaf
+    """bool [nodes]. Whether an item ends at the node; None where all codes have the same length."""
     n_items: int
     length: int
     """L, tokens of the longest code."""
@@ -119,7 +124,7 @@ class CatalogueIndex:
         """Bytes of all arrays."""
         return sum(leaf.nbytes for leaf in jax.tree.leaves(self))
 
-    def candidates(self, level: int | Array, state: Int[Array, "B W"], since: int = 1) -> Candidates:
+    def candidates(self, level: int | Values, state: Int[Values, "B W"], since: int = 1) -> Candidates:
         """Tokens that may follow, the states they lead to, and which slots hold a candidate at all.
 
         Args:
@@ -138,7 +143,7 @@ class CatalogueIndex:
             valid = jnp.where(ended, stay, valid)
         return token, child, valid
 
-    def ended(self, state: Int[Array, "B W"]) -> Bool[Array, "B W"]:
+    def ended(self, state: Int[Values, "B W"]) -> Bool[Values, "B W"]:
         """True for states where an item ended before the last level."""
         return jnp.zeros(state.shape, bool) if self.leaf is None else self.leaf[state]
 

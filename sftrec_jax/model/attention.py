@@ -1,4 +1,7 @@
-"""Attention masks and products, in plain XLA. Axes: B batch, T tokens, P prompt, W beams, L tail, N heads, K kv-heads, H head-dim."""
+"""Attention masks and products, in plain XLA.
+
+Axes: B batch, T tokens, P prompt, W beams, L tail, N heads, K kv-heads, H head-dim.
+"""
 
 import jax
 import jax.numpy as jnp

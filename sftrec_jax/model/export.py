@@ -103,7 +103,7 @@ def export_merged(
         round_change = float(jnp.abs(token_logits(merged, build, probe) - expected).max())
     largest = float(jnp.abs(expected).max())
     notes = f"Weights are {dtype}; merging changed logits by at most {merge_change:.1e}"
-    notes += f", rounding by {round_change:.1e}" if dtype != "float32" else ""
+    notes += f", merging and rounding by {round_change:.1e}" if dtype != "float32" else ""
     notes += f" (prompts of random items, largest logit {largest:.1f})."
     with replacing(out) as folder:
         write_json(folder / "config.json", exported_config(build, dtype))

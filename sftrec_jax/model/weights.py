@@ -145,15 +145,3 @@ def decoder_arrays(source: TensorSource, arch: Architecture, label: str) -> Iter
             value = read_checked(source, name, shapes[name], label)
             slices.append(value.T if transposed else value)
         yield f"layers/{path}", np.stack(slices)
-
-
-def tensors_from_arrays(arrays: dict[str, np.ndarray], arch: Architecture) -> dict[str, np.ndarray]:
-    """The inverse of `decoder_arrays`: Hugging Face names and layout, every array contiguous.
-
-    safetensors writes the untransposed bytes of a transposed view without a word, hence `ascontiguousarray`.
-    """
-    tensors = {name: np.ascontiguousarray(arrays[path]) for path, name in top_table(arch).items()}
-    for path, (inside, transposed) in LAYER_TABLE.items():
-        for i, value in enumerate(arrays[f"layers/{path}"]):
-            tensors[f"model.layers.{i}.{inside}"] = np.ascontiguousarray(value.T if transposed else value)
-    return tensors

@@ -3,6 +3,8 @@
 import json
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,9 @@ from sftrec_jax.errors import UserError
 
 ENTRIES = ("config.yaml", "prepared", "checkpoints", "metrics.jsonl", "metrics.json", "recommendations.parquet", "export")
 """Everything that a run writes; `--overwrite` removes these and nothing else."""
+
+PARKED = ".replaced"
+"""Where an earlier run waits inside its folder until the one that overwrites it has come far enough."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +55,11 @@ class RunFolder:
         """The merged model; the adapter in `adapter/` below."""
         return self.path / "export"
 
+    @property
+    def trained(self) -> bool:
+        """Whether a checkpoint is there: Orbax renames a step's folder to its bare number when it is complete."""
+        return self.checkpoints.is_dir() and any(entry.name.isdigit() for entry in self.checkpoints.iterdir())
+
 
 def write_text(path: Path, text: str) -> None:
     """Writes a file under a temporary name, then renames it."""
@@ -73,39 +83,77 @@ def differing_fields(a: RunConfig, b: RunConfig) -> list[str]:
     return [f"{s}.{k}" for s in first for k in first[s] if first[s][k] != second[s][k]]
 
 
-def create_run(out: Path, config: RunConfig, resume: bool, overwrite: bool) -> RunFolder:
-    """Makes the folder and writes `config.yaml`.
+@contextmanager
+def new_run(out: Path, config: RunConfig, resume: bool, overwrite: bool) -> Iterator[RunFolder]:
+    """Makes the folder and writes `config.yaml` for the block that fills it.
 
     A folder that holds anything is refused; with `resume` it must be a run of the same configuration, with `overwrite`
-    the files of the run in it are removed.
+    the files of the run in it make room. When the block ends in a UserError or an interrupt before there is a checkpoint,
+    what it wrote is removed and the earlier run put back, so that the same command works once the mistake is corrected.
+    A run that is resumed is left as it is.
     """
     folder = RunFolder(out)
-    if out.exists() and not out.is_dir():
-        raise UserError(f"{out}: is a file; name a folder with --out")
-    if out.exists() and any(out.iterdir()):
-        if resume and folder.config.exists():
-            fields = differing_fields(load_config(folder.config), config)
-            if fields:
-                raise UserError(
-                    f"{out}: was run with another configuration ({', '.join(fields)} differ); resume with {folder.config}, "
-                    "or choose another --out"
-                )
-        elif overwrite:
-            if not folder.config.exists():
-                raise UserError(f"{out}: holds no run (no config.yaml), so --overwrite removes nothing; choose another --out")
-            for name in ENTRIES:
-                entry = out / name
-                shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink(missing_ok=True)
-        else:
-            raise UserError(
-                f"{out}: already exists and is not empty; add --resume to go on, --overwrite to start again, or another --out"
-            )
+    going_on = _check_free(folder, config, resume, overwrite)
+    made = [path for path in (out, *out.parents) if not path.exists()]
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"{out}: cannot be made ({error.strerror}); choose another --out") from None
-    write_text(folder.config, dump_config(config))
-    return folder
+    parked = out / PARKED
+    if not going_on:
+        shutil.rmtree(parked, ignore_errors=True)
+        _move_entries(out, parked)
+    try:
+        write_text(folder.config, dump_config(config))
+        yield folder
+    except (UserError, KeyboardInterrupt):
+        if not going_on and not folder.trained:
+            _remove_entries(out)
+            _move_entries(parked, out)
+            shutil.rmtree(parked, ignore_errors=True)
+            for path in made:
+                if path.is_dir() and not any(path.iterdir()):
+                    path.rmdir()
+        raise
+    shutil.rmtree(parked, ignore_errors=True)
+
+
+def _check_free(folder: RunFolder, config: RunConfig, resume: bool, overwrite: bool) -> bool:
+    """True for a run to go on with, False for a fresh start; UserError where neither is allowed."""
+    out = folder.path
+    if out.exists() and not out.is_dir():
+        raise UserError(f"{out}: is a file; name a folder with --out")
+    if resume and overwrite:
+        raise UserError("--resume and --overwrite were both given; use one of them")
+    if not out.exists() or not any(out.iterdir()):
+        return False
+    if not (resume or overwrite):
+        raise UserError(
+            f"{out}: already exists and is not empty; add --resume to go on, --overwrite to start again, or another --out"
+        )
+    if not folder.config.exists():
+        option = "--resume has nothing to go on with" if resume else "--overwrite removes nothing"
+        raise UserError(f"{out}: holds no run (no config.yaml), so {option}; choose another --out")
+    fields = differing_fields(load_config(folder.config), config) if resume else []
+    if fields:
+        raise UserError(
+            f"{out}: was run with another configuration ({', '.join(fields)} differ); resume with {folder.config}, "
+            "start again with --overwrite, or choose another --out"
+        )
+    return resume
+
+
+def _move_entries(source: Path, target: Path) -> None:
+    for name in ENTRIES:
+        if os.path.lexists(source / name):
+            target.mkdir(exist_ok=True)
+            os.replace(source / name, target / name)
+
+
+def _remove_entries(out: Path) -> None:
+    for name in ENTRIES:
+        entry = out / name
+        shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink(missing_ok=True)
 
 
 def open_folder(path: Path) -> RunFolder:

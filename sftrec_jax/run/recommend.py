@@ -22,7 +22,8 @@ def user_history(session: Session, user: str) -> np.ndarray:
     if not len(found):
         some = ", ".join(str(u) for u in session.dataset.user_ids[:3])
         raise UserError(
-            f"--user {user}: not a user of this run, which has {len(session.dataset.user_ids):,} (such as {some}); give a --history"
+            f"--user {user}: not a user of this run, which has {len(session.dataset.user_ids):,} (such as {some}); "
+            "give a --history"
         )
     return session.dataset.history(int(found[0]))
 
@@ -71,6 +72,9 @@ def file_histories(session: Session, path: Path) -> tuple[list[str], list[np.nda
 
 def recommend(session: Session, names: Sequence[str], histories: Sequence[np.ndarray], k: int, keep_seen: bool) -> pl.DataFrame:
     """Columns user, rank, item_id, title, score: the `k` best items for each history, without those in it."""
+    n_items = len(session.dataset.item_ids)
+    if not 1 <= k <= n_items:
+        raise UserError(f"--k {k}: the catalogue has {n_items:,} items; use a number from 1 to {n_items}")
     decoder, step = session.trained_decoder()
     console.print(f"model of {session.folder.path}, step {step}")
     recommender = Recommender(decoder, session.codes, session.config.decode, session.mesh)

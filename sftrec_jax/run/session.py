@@ -111,6 +111,12 @@ def prepare(folder: RunFolder, config: RunConfig) -> Session:
     dataset = prepare_dataset(config.data)
     dataset.save(folder.prepared)
     session = _open(folder, config, dataset, None)
+    # Here and not where a run is opened: recommending works on any number of devices.
+    ways, rows = session.mesh.shape["data"] * session.mesh.shape["fsdp"], config.train.batch_rows
+    if rows % ways:
+        raise UserError(
+            f"train.batch_rows is {rows}, which data x fsdp = {ways} devices cannot divide; use {-(-rows // ways) * ways}"
+        )
     lengths = np.diff(dataset.offsets)
     console.print(
         f"data: {len(dataset.user_ids):,} users, {len(dataset.item_ids):,} items, {len(dataset.items):,} interactions "

@@ -27,6 +27,8 @@ from sftrec_jax.train.loop import TrainResult, train
 RECOMMENDED = 10
 """Items a user in recommendations.parquet."""
 
+PROGRESS_SECONDS = 15.0
+
 CARD_METRICS = ("recall@5", "recall@10", "ndcg@5", "ndcg@10", "mrr")
 
 
@@ -63,7 +65,7 @@ def train_stage(session: Session, resume: bool) -> TrainResult:
         lambda arrays: validator(nnx.merge(graphdef, with_arrays(trained, arrays), frozen)), resume,
     )  # fmt: skip
     console.print(
-        f"trained {result.step} steps in {result.seconds / 60:.1f} min ({result.seconds_validating / 60:.1f} of them validating); "
+        f"trained {result.step} steps in {result.seconds / 60:.1f} min ({result.seconds_validating / 60:.1f} validating); "
         f"best validation NDCG@10 {result.best:.4f} at step {result.best_step}"
     )
     return result
@@ -156,17 +158,19 @@ def evaluate_stage(session: Session, decoder: Decoder, step: int) -> dict[str, A
     console.print(metrics_table(result))
     if rate is not None:
         console.print(
-            f"without the constraint {rate:.1%} of the top {RECOMMENDED} of {len(sample)} users would be no item; with it, none is"
+            f"without the constraint {rate:.1%} of the top {RECOMMENDED} ({len(sample)} users) would be no item; with it, none is"
         )
     return result
 
 
 def _progress(what: str, total: int) -> Any:
-    shown = [time.monotonic()]
+    done, shown = 0, time.monotonic()
 
-    def report(done: int) -> None:
-        if time.monotonic() - shown[0] > 15:
-            shown[0] = time.monotonic()
+    def report(finished: int) -> None:
+        nonlocal done, shown
+        done += finished
+        if time.monotonic() - shown > PROGRESS_SECONDS:
+            shown = time.monotonic()
             console.print(f"{what}: {done} of {total} users")
 
     return report

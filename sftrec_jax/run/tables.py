@@ -17,10 +17,10 @@ SHOWN = ("recall@5", "ndcg@5", "recall@10", "ndcg@10", "recall@20", "ndcg@20", "
 
 def metrics_table(result: dict[str, Any]) -> Table:
     """Model and baselines, seen items masked."""
-    table = Table(title=f"test, {result['users']} users, full catalogue of {result['items']:,} items, seen items masked")
+    table = Table(title=f"test: {result['users']} users, all {result['items']:,} items, seen items masked")
     table.add_column("")
     for name in SHOWN:
-        table.add_column(name, justify="right")
+        table.add_column(name.replace("recall", "R").replace("ndcg", "N").upper(), justify="right")
     for row in ("model", "popularity", "markov"):
         table.add_row(row, *(f"{result[row][name]:.4f}" if name in result[row] else "-" for name in SHOWN))
     return table
@@ -42,10 +42,17 @@ def recommendation_frame(names: list[str], item_ids: np.ndarray, titles: np.ndar
     )
 
 
-def write_frame(path: Path, frame: pl.DataFrame) -> None:
-    """Parquet or JSON lines by the ending of `path`, atomically."""
+def check_frame_path(path: Path) -> None:
+    """UserError for an ending that `write_frame` does not know, and for a folder that is not there."""
     if path.suffix not in (".parquet", ".jsonl"):
         raise UserError(f"{path}: unknown ending {path.suffix!r}; use .parquet or .jsonl")
+    if not path.parent.is_dir():
+        raise UserError(f"{path}: there is no folder {path.parent}; make it or choose another place")
+
+
+def write_frame(path: Path, frame: pl.DataFrame) -> None:
+    """Parquet or JSON lines by the ending of `path`, atomically."""
+    check_frame_path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         frame.write_parquet(temporary) if path.suffix == ".parquet" else frame.write_ndjson(temporary)

@@ -58,9 +58,11 @@ class Checkpoints:
 
     def score(self, step: int) -> float:
         """Validation NDCG@10 of a step."""
-        return float(self._manager.metrics(step)[BEST_METRIC])
+        metrics = self._manager.metrics(step)
+        assert metrics is not None  # `save` always writes them
+        return float(metrics[BEST_METRIC])
 
-    def save(self, state: TrainState, metrics: dict[str, float] | None) -> None:
+    def save(self, state: TrainState, metrics: dict[str, float]) -> None:
         """Writes the state in the background, under its step."""
         args: Any = ocp.args.PyTreeSave(_named(state))  # pyright: ignore[reportCallIssue]
         self._manager.save(int(state.step), args=args, metrics=metrics)
@@ -85,16 +87,17 @@ class Checkpoints:
         for part, arrays in named.items():
             if not isinstance(arrays, dict):
                 continue
-            for name, value in arrays.items():
+            for name in [*arrays, *stored[part]]:
                 shape = getattr(stored[part].get(name), "shape", None)
-                if shape is None or tuple(shape) != np.shape(value):
+                wanted = np.shape(arrays[name]) if name in arrays else None
+                if shape is None or tuple(shape) != wanted:
                     raise UserError(
-                        f"{self.folder}: step {step} holds {name} with shape {shape}, this configuration has {np.shape(value)}; "
+                        f"{self.folder}: step {step} holds {name} with shape {shape}, this configuration has {wanted}; "
                         "resume with the config of the run, or use another --out"
                     )
         restore = ocp.checkpoint_utils.construct_restore_args(target)
         args: Any = ocp.args.PyTreeRestore(target, restore_args=restore, partial_restore=True)  # pyright: ignore[reportCallIssue]
-        return self._manager.restore(step, args=args)
+        return dict(self._manager.restore(step, args=args))
 
     def close(self) -> None:
         """Waits for writes in the background."""

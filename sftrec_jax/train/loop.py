@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -65,11 +66,10 @@ def train(
         console.print(f"resumed from step {first} of {steps}")
     first = first or 0
     records = JsonLines(folder / "metrics.jsonl", first if resume else None)
-    step_fn = make_train_step(graphdef, template, optimizer, config.seed if dropout else None)
-    rates = (
-        schedule(config.learning_rate, steps, config),
-        schedule(config.rows_learning_rate or config.learning_rate, steps, config),
-    )
+    step_fn = make_train_step(graphdef, template, optimizer, config.seed if dropout else None, state)
+    # All rates beforehand: computing one in the loop would queue behind the step that was just launched.
+    peaks = {"learning_rate": config.learning_rate, "rows_learning_rate": config.rows_learning_rate or config.learning_rate}
+    rates = {name: np.asarray(jax.vmap(schedule(peak, steps, config))(np.arange(steps))) for name, peak in peaks.items()}
     every = config.validate_every or max(1, -(-steps // 4))
     begin, validating, totals = time.monotonic(), 0.0, np.zeros(2)
 
@@ -86,15 +86,15 @@ def train(
         record = values | {
             "tokens_per_s": values["tokens"] / seconds,
             "target_tokens_per_s": values["targets"] / seconds,
-            "learning_rate": float(rates[0](step - 1)),
-            "rows_learning_rate": float(rates[1](step - 1)),
+            **{name: float(each[step - 1]) for name, each in rates.items()},
             "seconds": round(now - begin, 3),
         }
         records.write({"step": step, **record})
         progress.update(step, record)
         return now
 
-    with TrainProgress(steps, first) as progress:
+    # Closed on any way out, so that a run that stops half-way leaves whole checkpoints.
+    with closing(checkpoints), closing(records), TrainProgress(steps, first) as progress:
         pending: tuple[int, Any] | None = None
         batches = plan.iterate(first)
         noted = time.monotonic()
@@ -113,8 +113,6 @@ def train(
                 console.print(f"step {step}: validation " + "  ".join(f"{k} {valid[k]:.4f}" for k in ("recall@10", "ndcg@10")))
                 checkpoints.save(state, {BEST_METRIC: valid[BEST_METRIC]})
                 noted = time.monotonic()
-    records.close()
-    checkpoints.close()
     return _result(folder, config, state, time.monotonic() - begin, validating, totals)
 
 

@@ -20,7 +20,7 @@ def target_loss(decoder: Decoder, batch: PackedBatch, dropout_key: Array | None 
     at_targets = jnp.take_along_axis(hidden, batch.target_positions[:, :, None], axis=1)
     flat = at_targets.reshape(-1, hidden.shape[-1])
     labels = decoder.head.column_of()[batch.labels.reshape(-1)]
-    return weighted_cross_entropy(decoder, flat, labels, batch.weights.reshape(-1))
+    return weighted_cross_entropy(decoder, flat, labels, jnp.asarray(batch.weights).reshape(-1))
 
 
 def weighted_cross_entropy(

@@ -1,7 +1,7 @@
 """One pure training step: (trained variables, optimizer state) and a stack of packed batches in, new state and metrics out."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -37,11 +37,16 @@ def init_state(trained: dict[str, jax.Array], optimizer: optax.GradientTransform
 
 
 def make_train_step(
-    graphdef: nnx.GraphDef, template: nnx.State, optimizer: optax.GradientTransformation, dropout_seed: int | None
+    graphdef: nnx.GraphDef,
+    template: nnx.State,
+    optimizer: optax.GradientTransformation,
+    dropout_seed: int | None,
+    like: TrainState,
 ) -> Callable[[TrainState, nnx.State, PackedBatch], tuple[TrainState, dict[str, jax.Array]]]:
     """The jitted step (state, frozen, batches) -> (state, metrics); `state` is donated.
 
-    `template` is a state with the structure of the trained variables.
+    `template` is a state with the structure of the trained variables. New states lie where the arrays of `like` lie: left
+    to XLA they would be written down otherwise, and the second step compiled again.
 
     `batches` holds arrays [A, B, ...]: A passes whose gradients are added before one update. The loss is normalised
     over all target tokens of the A passes, so passes of unequal size weigh by their tokens. Metrics, float32 scalars:
@@ -70,7 +75,7 @@ def make_train_step(
         targets = jnp.sum(batches.weights)
         gradient = jax.tree.map(lambda g: g / targets, gradient)
         updates, optimizer_state = optimizer.update(gradient, state.optimizer, state.trained)
-        trained = optax.apply_updates(state.trained, updates)
+        trained = cast(dict[str, jax.Array], optax.apply_updates(state.trained, updates))
         metrics = {
             "loss": loss / targets,
             "grad_norm": optax.tree.norm(gradient),
@@ -79,7 +84,7 @@ def make_train_step(
         }
         return TrainState(state.step + 1, trained, optimizer_state), metrics
 
-    return jax.jit(step, donate_argnums=0)
+    return jax.jit(step, donate_argnums=0, out_shardings=(jax.tree.map(lambda x: x.sharding, like), None))
 
 
 def shard_batches(batches: PackedBatch, mesh: Mesh) -> PackedBatch:

@@ -1,0 +1,17 @@
+"""Shapes and types that signatures promise are checked at run time while the tests run.
+
+Only where arrays of the device are handled: the other modules name types that they import for the type checker alone.
+"""
+
+import pytest
+from jaxtyping import install_import_hook
+
+MODEL = ("architecture", "attention", "decoder", "layers", "load", "merge", "sharding", "weights")
+CHECKED = ["sftrec_jax.train", "sftrec_jax.decode", *(f"sftrec_jax.model.{name}" for name in MODEL)]
+
+install_import_hook(CHECKED, "beartype.beartype")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    # flax 0.12 declares nnx.State with typing.Hashable, which beartype calls old; can go once flax writes collections.abc.
+    config.addinivalue_line("filterwarnings", "ignore::beartype.roar.BeartypeDecorHintPep585DeprecationWarning")

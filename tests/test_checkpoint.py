@@ -1,0 +1,176 @@
+"""Checkpoints, and the loop around them."""
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+from tiny_training import Parts, one_device, read_lines, stories, stream_plan
+
+from sftrec_jax.config import TrainConfig
+from sftrec_jax.errors import UserError
+from sftrec_jax.model.sharding import with_arrays
+from sftrec_jax.train.checkpoint import Checkpoints
+from sftrec_jax.train.loop import TrainResult, train
+from sftrec_jax.train.optimizer import make_optimizer
+from sftrec_jax.train.step import TrainState, init_state
+
+CONFIG = TrainConfig(
+    row_length=24, batch_rows=2, accumulate=2, epochs=9.0, max_steps=6, validate_every=2, learning_rate=1e-2, keep_checkpoints=2
+)
+NAMES = ("layers/q_proj/lora_a", "layers/q_proj/lora_b", "embed_tokens/rows")
+
+
+def tiny_state(seed: int, rank: int = 3) -> TrainState:
+    """Random arrays and a random optimizer state at step `seed`."""
+    rng = np.random.default_rng(seed)
+    everywhere = NamedSharding(one_device(), PartitionSpec())
+    shapes = dict(zip(NAMES, ((2, 6, rank), (2, rank, 6), (5, 6)), strict=True))
+    trained = {n: jax.device_put(rng.normal(size=s).astype(np.float32), everywhere) for n, s in shapes.items()}
+    state = init_state(trained, make_optimizer(CONFIG, 10), one_device())
+    optimizer = jax.tree.map(
+        lambda x: jax.device_put(np.asarray(rng.integers(1, 9, x.shape), x.dtype), x.sharding), state.optimizer
+    )
+    return TrainState(jax.device_put(jnp.int32(seed), everywhere), trained, optimizer)
+
+
+def assert_same(ours: Any, theirs: Any) -> None:
+    """Bit for bit, in one structure."""
+    assert jax.tree.structure(ours) == jax.tree.structure(theirs)
+    for left, right in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+        assert left.dtype == right.dtype
+        np.testing.assert_array_equal(np.asarray(left), np.asarray(right))
+
+
+def test_what_is_saved_is_restored_bit_for_bit(tmp_path: Path) -> None:
+    state, other = tiny_state(7), tiny_state(8)
+    expected = jax.tree.map(np.array, state)
+    checkpoints = Checkpoints(tmp_path / "checkpoints", 2)
+    checkpoints.save(state, {"ndcg@10": 0.25})
+    jax.jit(lambda s: jax.tree.map(jnp.zeros_like, s), donate_argnums=0)(state)  # the loop gives its buffers away at once
+    checkpoints.close()
+    again = Checkpoints(tmp_path / "checkpoints", 2)
+    assert (again.steps(), again.latest(), again.best(), again.score(7)) == ([7], 7, 7, 0.25)
+    found = again.restore(7, other)
+    assert_same(found, expected)
+    assert [x.sharding for x in jax.tree.leaves(found)] == [x.sharding for x in jax.tree.leaves(other)]
+    assert_same(again.restore_trained(7, other.trained), expected.trained)
+    again.close()
+
+
+@pytest.mark.parametrize(
+    ("keep", "scores", "left", "best"),
+    [(1, [0.1, 0.5, 0.3, 0.2], [2, 4], 2), (2, [0.1, 0.2, 0.3, 0.4], [3, 4], 4), (2, [0.9, 0.2, 0.3, 0.4], [1, 3, 4], 1)],
+)
+def test_the_best_and_the_newest_are_kept(tmp_path: Path, keep: int, scores: list[float], left: list[int], best: int) -> None:
+    checkpoints = Checkpoints(tmp_path, keep)
+    assert checkpoints.latest() is None and checkpoints.best() is None
+    for step, score in enumerate(scores, start=1):
+        checkpoints.save(tiny_state(step), {"ndcg@10": score})
+    checkpoints.close()
+    again = Checkpoints(tmp_path, keep)
+    assert (again.steps(), again.latest(), again.best()) == (left, 4, best)
+    assert again.score(best) == max(scores)
+    assert_same(again.restore(best, tiny_state(0)), tiny_state(best))
+    again.close()
+
+
+def test_other_shapes_and_names_are_the_users_problem(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path, 1)
+    checkpoints.save(tiny_state(1), {"ndcg@10": 0.0})
+    wider = tiny_state(1, rank=4)
+    with pytest.raises(UserError, match=r"layers/q_proj/lora_a with shape \(2, 6, 3\).*\(2, 6, 4\).*config of the run"):
+        checkpoints.restore(1, wider)
+    with pytest.raises(UserError, match="lora_a"):
+        checkpoints.restore_trained(1, wider.trained)
+    more = wider.trained | {"layers/v_proj/lora_a": wider.trained[NAMES[0]]}
+    with pytest.raises(UserError, match="layers/v_proj/lora_a"):
+        checkpoints.restore_trained(1, {n: v for n, v in more.items() if "v_proj" in n})
+    fewer = {n: v for n, v in tiny_state(1).trained.items() if n != NAMES[1]}
+    with pytest.raises(UserError, match="layers/q_proj/lora_b"):  # what was trained is not dropped in silence
+        checkpoints.restore_trained(1, fewer)
+    checkpoints.close()
+
+
+@pytest.fixture(scope="module")
+def parts() -> Parts:
+    return stories(dropout=0.2)
+
+
+class Stopped(Exception):
+    """The machine went away."""
+
+
+def validation(stop_at: int | None = None) -> Callable[[dict[str, jax.Array]], dict[str, float]]:
+    """A score that any change of an array would change; raises at the call number `stop_at`."""
+    calls = iter(range(1, 100))
+
+    def validate(trained: dict[str, jax.Array]) -> dict[str, float]:
+        if next(calls) == stop_at:
+            raise Stopped
+        total = float(sum(np.abs(np.asarray(value, np.float64)).sum() for value in trained.values()))
+        return {"ndcg@10": total, "recall@10": total / 2}
+
+    return validate
+
+
+def go(parts: Parts, folder: Path, resume: bool, stop_at: int | None = None, config: TrainConfig = CONFIG) -> TrainResult:
+    folder.mkdir(exist_ok=True)
+    plan = stream_plan(parts.case, config)
+    return train(
+        parts.graphdef, with_arrays(parts.trained, parts.arrays), parts.frozen, plan, True, one_device(), folder,
+        validation(stop_at), resume,
+    )  # fmt: skip
+
+
+def records(folder: Path) -> list[dict[str, Any]]:
+    """What `metrics.jsonl` says, times left out."""
+    lines = [json.loads(line) for line in read_lines(folder / "metrics.jsonl")]
+    return [{k: v for k, v in line.items() if k != "seconds" and not k.endswith("tokens_per_s")} for line in lines]
+
+
+def last_state(parts: Parts, folder: Path, step: int) -> TrainState:
+    checkpoints = Checkpoints(folder / "checkpoints", CONFIG.keep_checkpoints)
+    assert checkpoints.latest() == step
+    state = init_state(parts.arrays, make_optimizer(CONFIG, CONFIG.max_steps or 0), one_device())
+    found = checkpoints.restore(step, state)
+    checkpoints.close()
+    return found
+
+
+def test_resuming_equals_never_stopping(parts: Parts, tmp_path: Path) -> None:
+    """Six steps against: stopped while step 4 is validated (the checkpoint of step 2 exists), resumed to the end."""
+    whole = go(parts, tmp_path / "whole", resume=True)  # nothing to resume: begins at 0
+    assert [r["step"] for r in records(tmp_path / "whole")] == [1, 2, 2, 3, 4, 4, 5, 6, 6]
+    with pytest.raises(Stopped):
+        go(parts, tmp_path / "halves", resume=False, stop_at=2)
+    assert (tmp_path / "halves" / "checkpoints" / "2").exists()
+    assert records(tmp_path / "halves")[-1]["step"] == 4
+    resumed = go(parts, tmp_path / "halves", resume=True)
+    assert records(tmp_path / "halves") == records(tmp_path / "whole")
+    assert_same(last_state(parts, tmp_path / "halves", 6), last_state(parts, tmp_path / "whole", 6))
+    assert (resumed.step, resumed.best_step, resumed.best) == (whole.step, whole.best_step, whole.best)
+    assert whole.step == 6
+    losses = [r["loss"] for r in records(tmp_path / "whole") if "loss" in r]
+    assert len(set(losses)) == 6
+    steps = [r for r in records(tmp_path / "whole") if "loss" in r]
+    assert whole.targets == sum(r["targets"] for r in steps) and resumed.targets == sum(r["targets"] for r in steps[2:])
+    assert whole.tokens == sum(r["tokens"] for r in steps)
+    # A run that is complete has nothing left to do.
+    finished = go(parts, tmp_path / "whole", resume=True)
+    assert (finished.step, finished.best_step, finished.best) == (6, whole.best_step, whole.best)
+    assert records(tmp_path / "whole") == records(tmp_path / "halves")
+
+
+def test_a_loss_that_is_not_a_number_stops_the_run(parts: Parts, tmp_path: Path) -> None:
+    arrays = parts.arrays
+    arrays["embed_tokens/rows"] = arrays["embed_tokens/rows"] * jnp.nan
+    broken = dataclasses.replace(parts, trained=with_arrays(parts.trained, arrays))
+    with pytest.raises(UserError, match="the loss is nan at step 1; lower train.learning_rate"):
+        go(broken, tmp_path, resume=False)
