@@ -27,9 +27,9 @@ class DataConfig:
     """Where interactions and the catalogue come from, and how they are filtered and split."""
 
     source: str = "movielens-latest-small"
-    """`movielens-latest-small` (embedded), a .csv, .tsv, .parquet, .jsonl, .inter or .txt file, or `tfds:NAME_OR_FOLDER[:SPLIT]`."""
+    """`movielens-latest-small` (embedded), a .csv, .tsv, .parquet, .jsonl, .inter or .txt file, or `tfds:NAME[:SPLIT]`."""
     catalogue: str | None = None
-    """File with one row an item (.csv, .parquet, .jsonl, .item); None takes the ids that the log holds as titles."""
+    """One row an item (.csv, .tsv, .parquet, .jsonl, .item); null: the ids in the log serve as titles."""
     user_column: str = "user_id"
     """Column of the log that names the user."""
     item_column: str = "item_id"
@@ -79,11 +79,20 @@ class ItemsConfig:
     """`atomic`: one new token an item. `title`: the title's tokens and a terminator."""
     max_title_tokens: int = 64
     """Longer titles are cut here, terminator not counted."""
-    init: Literal["text", "mean"] = "text"
-    """First value of a new token's row: the mean of the item's title tokens, or of the whole table."""
+    init: Literal["text", "mean", "collaborative"] = "text"
+    """First value of a new token's row: mean of its title's tokens, of the table, or `text` with train co-occurrence added."""
+    collaborative_dim: int = 128
+    """`collaborative`: dimensions of the co-occurrence vectors (train only)."""
+    collaborative_window: int = 20
+    """`collaborative`: items up to this many steps apart count as taken together."""
+    collaborative_scale: float = 1.0
+    """`collaborative`: length of the co-occurrence part over that of the text part."""
 
     def __post_init__(self) -> None:
         _require(self.max_title_tokens >= 1, f"items.max_title_tokens is {self.max_title_tokens}; use 1 or more")
+        for name in ("collaborative_dim", "collaborative_window", "collaborative_scale"):
+            value = getattr(self, name)
+            _require(value > 0, f"items.{name} is {value}; use a positive value")
 
 
 @dataclass(frozen=True)

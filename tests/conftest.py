@@ -3,8 +3,13 @@
 Only where arrays of the device are handled: the other modules name types that they import for the type checker alone.
 """
 
+import os
+
 import pytest
 from jaxtyping import install_import_hook
+
+# The tests compile hundreds of small programs and run each a few times: unoptimised code halves their time. Before jax starts.
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0".strip()
 
 MODEL = ("architecture", "attention", "decoder", "layers", "load", "merge", "sharding", "weights")
 CHECKED = ["sftrec_jax.train", "sftrec_jax.decode", *(f"sftrec_jax.model.{name}" for name in MODEL)]

@@ -80,22 +80,40 @@ def make_build(model: ModelConfig, lora: LoraConfig, train: TrainConfig, arch: A
     return Build(arch, adapters, tuple(int(i) for i in codes.new_token_ids), dtype, frozen, model.remat == "full")
 
 
-def initial_rows(table: np.ndarray, codes: ItemCodes) -> np.ndarray:
+def initial_rows(table: np.ndarray, codes: ItemCodes, vectors: np.ndarray | None) -> np.ndarray:
     """First values of the new token rows [n_new, D]: the mean of each token's `init_tokens`, else of the table.
 
     Means are scaled to the table's median row norm: an average of several rows is shorter than a row, and a short
-    row would start with a logit that no training example justifies.
+    row would start with a logit that no training example justifies. `vectors` [n_new, E] (mean squared length 1 times
+    the wanted scale) are added through a fixed random rotation into the D dimensions, in units of that norm.
     """
     norm = float(np.median(np.linalg.norm(table, axis=1)))
     fallback = table.mean(0)
     rows = np.stack([table[list(ids)].mean(0) if ids else fallback for ids in codes.init_tokens])
-    return (rows * (norm / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12))).astype(np.float32)
+    rows = rows * (norm / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12))
+    if vectors is not None:
+        gauss = np.random.default_rng(0).standard_normal((table.shape[1], vectors.shape[1]))
+        if vectors.shape[1] <= table.shape[1]:
+            gauss = np.linalg.qr(gauss)[0]  # keeps inner products
+        else:
+            gauss /= np.sqrt(table.shape[1])  # keeps them on average
+        rows = rows + norm * vectors @ gauss.T
+    return rows.astype(np.float32)
 
 
-def load_decoder(build: Build, source: BaseSource, codes: ItemCodes, mesh: Mesh, seed: int, from_scratch: bool) -> Decoder:
+def load_decoder(
+    build: Build,
+    source: BaseSource,
+    codes: ItemCodes,
+    mesh: Mesh,
+    seed: int,
+    from_scratch: bool,
+    vectors: np.ndarray | None = None,
+) -> Decoder:
     """Builds the decoder and fills it, each array straight into its sharding.
 
-    Adapters start at the identity (B = 0). With `from_scratch` the base is random, drawn by `seed`.
+    Adapters start at the identity (B = 0). With `from_scratch` the base is random, drawn by `seed`. `vectors`: see
+    `initial_rows`.
     """
     abstract = nnx.eval_shape(lambda: build.decoder(jax.random.key(0)))
     graphdef, abstract_state = nnx.split(abstract)
@@ -120,5 +138,5 @@ def load_decoder(build: Build, source: BaseSource, codes: ItemCodes, mesh: Mesh,
     for name, table in tables.items():
         rows = name.replace("weight", "rows")
         if rows in names:
-            arrays[rows] = jax.device_put(initial_rows(table, codes), shardings[rows])
+            arrays[rows] = jax.device_put(initial_rows(table, codes, vectors), shardings[rows])
     return nnx.merge(graphdef, with_arrays(abstract_state, arrays))

@@ -36,6 +36,11 @@ class RunFolder:
         return self.path / "prepared"
 
     @property
+    def item_vectors(self) -> Path:
+        """Added to the first values of new token rows (`items.init: collaborative`)."""
+        return self.path / "prepared" / "item_vectors.npy"
+
+    @property
     def checkpoints(self) -> Path:
         """Orbax checkpoints."""
         return self.path / "checkpoints"

@@ -16,6 +16,7 @@ from sftrec_jax.data.prepare import prepare_dataset
 from sftrec_jax.data.prompts import PromptBuilder, prompt_builder
 from sftrec_jax.errors import UserError
 from sftrec_jax.items.codes import ItemCodes, atomic_codes, title_codes
+from sftrec_jax.items.collaborative import collaborative_vectors
 from sftrec_jax.items.titles import distinct_titles
 from sftrec_jax.model.decoder import Decoder
 from sftrec_jax.model.hub import BaseSource, load_tokenizer, resolve_base
@@ -45,7 +46,8 @@ class Session:
     def base_decoder(self) -> Decoder:
         """The decoder before training: base weights, adapters at the identity, new rows at their first values."""
         model = self.config.model
-        return load_decoder(self.build, self.source, self.codes, self.mesh, self.config.train.seed, model.from_scratch)
+        vectors = np.load(self.folder.item_vectors) if self.folder.item_vectors.exists() else None
+        return load_decoder(self.build, self.source, self.codes, self.mesh, self.config.train.seed, model.from_scratch, vectors)
 
     def split(self, decoder: Decoder) -> tuple[nnx.GraphDef, nnx.State, nnx.State]:
         """(graphdef, trained variables, frozen variables)."""
@@ -81,7 +83,8 @@ def _open(folder: RunFolder, config: RunConfig, dataset: Dataset, codes: ItemCod
     if codes is None:
         titles = distinct_titles(dataset.titles, dataset.item_ids)
         if config.items.tokenizer == "atomic":
-            codes = atomic_codes(dataset.item_ids, titles, tokenizer, config.items.init)
+            init = "mean" if config.items.init == "mean" else "text"
+            codes = atomic_codes(dataset.item_ids, titles, tokenizer, init)
         else:
             codes = title_codes(titles, tokenizer, config.items.max_title_tokens, dataset.item_ids)
         codes.save(folder.prepared)
@@ -106,6 +109,20 @@ def _open(folder: RunFolder, config: RunConfig, dataset: Dataset, codes: ItemCod
     )
 
 
+def _save_row_vectors(session: Session) -> None:
+    """Writes `prepared/item_vectors.npy`, float32 [n_new, E]: what `items.init: collaborative` adds to new token rows."""
+    items, codes = session.config.items, session.codes
+    if items.init != "collaborative" or not codes.new_tokens:
+        return
+    seed = session.config.train.seed
+    vectors = collaborative_vectors(session.dataset, items.collaborative_dim, items.collaborative_window, seed)
+    rows = np.zeros((len(codes.new_tokens), vectors.shape[1]), np.float32)
+    rows[np.searchsorted(codes.new_token_ids, codes.codes[:, 0])] = vectors * items.collaborative_scale  # one new token an item
+    temporary = session.folder.prepared / ".item_vectors.npy"
+    np.save(temporary, rows)
+    temporary.replace(session.folder.item_vectors)
+
+
 def prepare(folder: RunFolder, config: RunConfig) -> Session:
     """Reads the log and the catalogue, splits, names the items; writes `prepared/`."""
     dataset = prepare_dataset(config.data)
@@ -117,6 +134,7 @@ def prepare(folder: RunFolder, config: RunConfig) -> Session:
         raise UserError(
             f"train.batch_rows is {rows}, which data x fsdp = {ways} devices cannot divide; use {-(-rows // ways) * ways}"
         )
+    _save_row_vectors(session)
     lengths = np.diff(dataset.offsets)
     console.print(
         f"data: {len(dataset.user_ids):,} users, {len(dataset.item_ids):,} items, {len(dataset.items):,} interactions "
