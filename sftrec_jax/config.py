@@ -85,7 +85,7 @@ class ItemsConfig:
     """`collaborative`: dimensions of the co-occurrence vectors (train only)."""
     collaborative_window: int = 20
     """`collaborative`: items up to this many steps apart count as taken together."""
-    collaborative_scale: float = 1.0
+    collaborative_scale: float = 0.5
     """`collaborative`: length of the co-occurrence part over that of the text part."""
 
     def __post_init__(self) -> None:

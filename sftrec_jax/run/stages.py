@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 from flax import nnx
+from jax.sharding import NamedSharding
 
 from sftrec_jax.console import console
 from sftrec_jax.decode.recommender import Ranking, Recommender
@@ -17,11 +18,12 @@ from sftrec_jax.model.cards import CardInfo
 from sftrec_jax.model.decoder import Decoder
 from sftrec_jax.model.export import export_adapter, export_merged
 from sftrec_jax.model.load import compute_dtype
-from sftrec_jax.model.sharding import with_arrays
+from sftrec_jax.model.sharding import BATCH, with_arrays
 from sftrec_jax.run.folder import write_json
 from sftrec_jax.run.session import Session, describe_devices
 from sftrec_jax.run.tables import metrics_table, write_recommendations
 from sftrec_jax.train.batches import BatchPlan
+from sftrec_jax.train.calibrate import calibrate
 from sftrec_jax.train.loop import TrainResult, train
 
 RECOMMENDED = 10
@@ -43,6 +45,10 @@ def train_stage(session: Session, resume: bool) -> TrainResult:
     examples = [e for user in range(len(dataset.user_ids)) for e in builder.examples(dataset.train_history(user))]
     plan = BatchPlan(examples, config.train)
     decoder = session.base_decoder()
+    if session.codes.new_tokens:
+        batch = jax.tree.map(lambda x: x[0], plan.batch(0))
+        share = calibrate(decoder, jax.device_put(batch, NamedSharding(session.mesh, BATCH)))
+        console.print(f"new rows: {len(session.codes.new_tokens):,}, shifted by {share:.2f} of their length to match text")
     graphdef, trained, frozen = session.split(decoder)
     dtype, why = compute_dtype(config.model)
     t = config.train

@@ -1,0 +1,40 @@
+"""A first value for what all new token rows have in common: as much probability for items as for text."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from sftrec_jax.data.packing import PackedBatch
+from sftrec_jax.model.decoder import Decoder
+
+
+@partial(jax.jit, static_argnames="graphdef")
+def row_shift(graphdef: nnx.GraphDef, state: nnx.State, batch: PackedBatch) -> Float[Array, "D"]:
+    """A vector that, added to every new row of the head, raises item logits until items and text share the probability.
+
+    A pretrained model expects text, so new tokens start some 20 to 50 nats behind, and dozens of steps would only move
+    mass from text to items. The shift lies along the mean hidden state at target positions, like the bias by which a
+    classifier starts at the class prior (Lin et al. 2017), and changes no difference between two items there.
+    """
+    decoder: Decoder = nnx.merge(graphdef, state)
+    hidden = jnp.take_along_axis(decoder.packed_hidden(batch), batch.target_positions[:, :, None], axis=1)
+    weight = (batch.weights > 0).reshape(-1, 1).astype(jnp.float32)
+    hidden = hidden.reshape(-1, hidden.shape[-1])
+    logits = decoder.logits(hidden)
+    split = decoder.head.vocab_size
+    behind = jax.nn.logsumexp(logits[:, :split], -1) - jax.nn.logsumexp(logits[:, split:], -1)
+    total = jnp.maximum(weight.sum(), 1.0)
+    mean = (hidden.astype(jnp.float32) * weight).sum(0) / total
+    return mean * ((behind[:, None] * weight).sum() / total / (mean @ mean))
+
+
+def calibrate(decoder: Decoder, batch: PackedBatch) -> float:
+    """Adds `row_shift` to the new rows of the head in place; returns its length relative to the mean row length."""
+    rows = decoder.head.rows
+    shift = row_shift(*nnx.split(decoder), batch)
+    length = jnp.linalg.norm(rows[...], axis=1).mean()
+    rows.set_value(jax.device_put(rows[...] + shift, rows[...].sharding))
+    return float(jnp.linalg.norm(shift) / length)
