@@ -75,7 +75,7 @@ def check_target(out: Path, overwrite: bool) -> Path:
         raise UserError(f"{out}: is a file; name a folder to export to")
     names = sorted(p.name for p in out.iterdir()) if out.exists() else []
     if names and not overwrite:
-        raise UserError(f"{out}: the folder is not empty ({names[0]}); name another one or allow overwriting")
+        raise UserError(f"{out}: the folder is not empty ({names[0]}); name another one or add --overwrite")
     foreign = [n for n in names if not any(fnmatch(n, pattern) for pattern in _OWN_FILES)]
     if foreign:
         raise UserError(f"{out}: holds {foreign[0]}, which no export writes, and is not replaced; name another folder")

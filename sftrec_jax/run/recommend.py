@@ -57,17 +57,22 @@ def file_histories(session: Session, path: Path) -> tuple[list[str], list[np.nda
     for number, row in enumerate(rows, start=1):
         if "history" not in row:
             raise UserError(f"{path}: row {number} has no column `history`, it has {', '.join(row)}; rename the column")
-        value = row["history"]
         try:
-            if isinstance(value, str):
-                items = index.split(value)
-            else:
-                items = [by_id[str(v)] if str(v) in by_id else index.split(str(v))[0] for v in value or []]
+            items = _items(row["history"], index, by_id)
         except UserError as error:
             raise UserError(f"{path}: row {number}: {error}") from None
-        names.append(str(row.get("user", number)))
+        names.append(str(number if row.get("user") is None else row["user"]))
         histories.append(np.asarray(items, np.int32))
     return names, histories
+
+
+def _items(value: Any, index: TitleIndex, by_id: dict[str, int]) -> list[int]:
+    """Item indices of a cell: text with `;` between titles, or a list of ids or titles; null is an empty history."""
+    if isinstance(value, str):
+        return index.split(value)
+    if not isinstance(value, list | None):
+        raise UserError(f"history is {value!r}; write a list of item ids or titles, or titles with `;` between them")
+    return [i for v in value or [] for i in ([by_id[str(v)]] if str(v) in by_id else index.split(str(v)))]
 
 
 def recommend(session: Session, names: Sequence[str], histories: Sequence[np.ndarray], k: int, keep_seen: bool) -> pl.DataFrame:

@@ -1,0 +1,39 @@
+"""Files of histories: what a cell may hold, and who a row is."""
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from sftrec_jax.errors import UserError
+from sftrec_jax.run.recommend import file_histories
+
+SESSION: Any = SimpleNamespace(
+    codes=SimpleNamespace(titles=np.array(["Heat (1995)", "Her; or Him", "Up"], object)),
+    dataset=SimpleNamespace(item_ids=np.array(["6", "20", "31"], object)),
+)
+
+
+def read(path: Path, rows: list[dict[str, Any]]) -> tuple[list[str], list[list[int]]]:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    names, histories = file_histories(SESSION, path)
+    return names, [h.tolist() for h in histories]
+
+
+def test_rows_without_a_user_are_numbered(tmp_path: Path) -> None:
+    rows = [{"user": "ann", "history": ["6"]}, {"history": ["Up"]}, {"user": None, "history": None}]
+    assert read(tmp_path / "h.jsonl", rows) == (["ann", "2", "3"], [[0], [2], []])
+
+
+def test_titles_may_hold_semicolons_and_ids_mix_with_titles(tmp_path: Path) -> None:
+    assert read(tmp_path / "h.jsonl", [{"history": ["31", "Her; or Him", "heat (1995)"]}])[1] == [[2, 1, 0]]
+    assert read(tmp_path / "h.jsonl", [{"history": "Up; Her; or Him"}])[1] == [[2, 1]]
+    assert read(tmp_path / "h.jsonl", [{"history": ["", "Up"]}])[1] == [[2]]
+
+
+def test_other_cells_are_refused_with_their_row(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"row 2: history is 5; write a list"):
+        read(tmp_path / "h.jsonl", [{"history": None}, {"history": 5}])
