@@ -142,8 +142,9 @@ def evaluate_stage(session: Session, decoder: Decoder, step: int) -> dict[str, A
     } if tested else {name: {} for name in rows}  # fmt: skip
     sample = _draw(np.arange(len(users)), config.evaluate.unconstrained_users, session)
     rate = None
+    most = min(RECOMMENDED, config.decode.beam)
     if len(sample):
-        rate = recommender.invalid_rate([asked.prompts[i] for i in sample], RECOMMENDED, _progress("unconstrained", len(sample)))
+        rate = recommender.invalid_rate([asked.prompts[i] for i in sample], most, _progress("unconstrained", len(sample)))
     result |= {
         "users": tested,
         "invalid_rate_unconstrained": rate,
@@ -164,7 +165,7 @@ def evaluate_stage(session: Session, decoder: Decoder, step: int) -> dict[str, A
     console.print(metrics_table(result))
     if rate is not None:
         console.print(
-            f"without the constraint {rate:.1%} of the top {RECOMMENDED} ({len(sample)} users) would be no item; with it, none is"
+            f"without the constraint {rate:.1%} of the top {most} ({len(sample)} users) would be no item; with it, none is"
         )
     return result
 
