@@ -58,6 +58,7 @@ class Checkpoints:
 
     def score(self, step: int) -> float:
         """Validation NDCG@10 of a step."""
+        self._manager.wait_until_finished()
         metrics = self._manager.metrics(step)
         assert metrics is not None  # `save` always writes them
         return float(metrics[BEST_METRIC])
@@ -80,6 +81,7 @@ class Checkpoints:
         return self._read(step, {"trained": trained})["trained"]
 
     def _read(self, step: int, named: dict[str, Any]) -> dict[str, Any]:
+        self._manager.wait_until_finished()  # a step is listed from the start of its save, its folder appears at the end
         target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), named)
         stored = self._manager.item_metadata(step)
         if stored is None:
