@@ -97,7 +97,8 @@ def _parser() -> argparse.ArgumentParser:
 def _configure(path: Path | None, extra: Sequence[str], show: bool) -> "RunConfig":
     import tyro
 
-    from sftrec_jax.config import RunConfig, load_config
+    from sftrec_jax.config import RunConfig
+    from sftrec_jax.config_file import load_config
 
     if show:
         tyro.cli(RunConfig, prog="sftrec run CONFIG", args=["--help"])
@@ -116,7 +117,7 @@ def _configure(path: Path | None, extra: Sequence[str], show: bool) -> "RunConfi
 
 def _check_options(extra: Sequence[str]) -> None:
     """UserError for an option that neither the verb nor the config has, with the nearest that exists."""
-    from sftrec_jax.config import nearest_field
+    from sftrec_jax.config_file import nearest_field
 
     for word in extra:
         option = word.split("=")[0]
@@ -138,7 +139,7 @@ def _in_box(text: str) -> str:
 
 def _resolve_changed(base: "RunConfig", config: "RunConfig") -> "RunConfig":
     """Paths given as overrides are relative to the current folder; those of the file are resolved already."""
-    from sftrec_jax.config import PATH_FIELDS, resolve_paths
+    from sftrec_jax.config_file import PATH_FIELDS, resolve_paths
 
     here = resolve_paths(config, Path.cwd())
     for section, names in PATH_FIELDS.items():

@@ -1,18 +1,8 @@
-"""Frozen dataclasses for a run, one per section; YAML files under `configs/` fill them.
+"""Frozen dataclasses for a run, one per section; `config_file` fills them from YAML files such as those under `configs/`."""
 
-Every relative path in a YAML file is relative to that file. `load_config` resolves them.
-"""
-
-import dataclasses
-import difflib
 import math
-import types
-import typing
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, Literal
-
-import yaml
+from typing import Literal
 
 from sftrec_jax.errors import UserError
 
@@ -42,6 +32,10 @@ class DataConfig:
     """Column of the catalogue that names the item."""
     title_column: str = "title"
     """Column of the catalogue with the title."""
+    keyphrase_column: str | None = None
+    """Column of the catalogue with a keyphrase (`items.tokenizer: keyphrase`); null: none is read."""
+    text_columns: tuple[str, ...] = ()
+    """Columns of the catalogue that are joined to the text of an item (`embedding.text`); empty: the title alone."""
     min_rating: float | None = None
     """Interactions rated lower are left out; needs `rating_column`."""
     user_core: int = 3
@@ -75,24 +69,121 @@ class DataConfig:
 class ItemsConfig:
     """How an item is named in tokens."""
 
-    tokenizer: Literal["atomic", "title"] = "atomic"
-    """`atomic`: one new token an item. `title`: the title's tokens and a terminator."""
+    tokenizer: Literal["atomic", "numeric", "title", "keyphrase", "cid", "rqvae", "rqkmeans", "pq", "opq", "file"] = "atomic"
+    """`atomic`: one new token an item. `numeric`: a number in the model's own tokens (P5). `title`, `keyphrase`: the words and a
+    terminator. `cid`: the path in a tree of clusters of the train co-occurrence graph (OpenP5). `rqvae`, `rqkmeans`, `pq`, `opq`:
+    semantic ids from `embedding` (see `semantic`). `file`: codes from `codes_file`."""
+    order: Literal["catalogue", "random", "sequential", "collaborative"] = "catalogue"
+    """`atomic`, `numeric`: which item gets which number. `sequential`: by first appearance in train; `collaborative`: items
+    taken together stand together (the leaves of `cid`)."""
     max_title_tokens: int = 64
-    """Longer titles are cut here, terminator not counted."""
-    init: Literal["text", "mean", "collaborative"] = "text"
-    """First value of a new token's row: mean of its title's tokens, of the table, or `text` with train co-occurrence added."""
+    """Longer titles and keyphrases are cut here, terminator not counted."""
+    codes_file: str | None = None
+    """`file`: an `index.json` as LETTER and MiniOneRec publish them, such as {"0": ["<a_183>", "<b_70>"]}; may be gzipped."""
+    codes_keys: Literal["id", "row"] = "id"
+    """`file`: its keys are item ids, or (LETTER) places in the catalogue from 0."""
+    init: Literal["text", "mean", "codebook", "collaborative"] = "text"
+    """First value of a new token's row: mean of the tokens of its items' titles, mean of the table, `codebook` (the mean and the
+    projected vector of its code, or of the item), or `text` with train co-occurrence added."""
     collaborative_dim: int = 128
     """`collaborative`: dimensions of the co-occurrence vectors (train only)."""
     collaborative_window: int = 20
     """`collaborative`: items up to this many steps apart count as taken together."""
     collaborative_scale: float = 0.5
     """`collaborative`: length of the co-occurrence part over that of the text part."""
+    cluster_branches: int = 16
+    """`cid` and `order: collaborative`: clusters that a cluster is divided into."""
+    cluster_leaf: int = 64
+    """`cid` and `order: collaborative`: a cluster of at most this many items is not divided."""
 
     def __post_init__(self) -> None:
         _require(self.max_title_tokens >= 1, f"items.max_title_tokens is {self.max_title_tokens}; use 1 or more")
         for name in ("collaborative_dim", "collaborative_window", "collaborative_scale"):
             value = getattr(self, name)
             _require(value > 0, f"items.{name} is {value}; use a positive value")
+        for name in ("cluster_branches", "cluster_leaf"):
+            value = getattr(self, name)
+            _require(value >= 2, f"items.{name} is {value}; use 2 or more")
+        _require(
+            (self.tokenizer == "file") == (self.codes_file is not None),
+            f"items.tokenizer is {self.tokenizer} and items.codes_file {self.codes_file}; set both, or neither",
+        )
+
+
+@dataclass(frozen=True)
+class EmbeddingConfig:
+    """Item vectors: blocks with rows of length 1, each times its weight, side by side."""
+
+    text: Literal["none", "tfidf", "sentence", "lm"] = "tfidf"
+    """From `data.text_columns`: TF-IDF and SVD, `sentence_model`, or the base model's mean last hidden state."""
+    text_weight: float = 1.0
+    """Length of the text block's rows."""
+    collaborative: Literal["none", "ppmi", "cooccurrence"] = "none"
+    """From training interactions only: SVD of the positive pointwise mutual information, or of log(1 + co-occurrence)."""
+    collaborative_weight: float = 1.0
+    """Length of the collaborative block's rows."""
+    file: str | None = None
+    """A `.npy` float array [items of the catalogue, dimensions], rows in the order of the catalogue."""
+    file_weight: float = 1.0
+    """Length of the rows from `file`."""
+    sentence_model: str = "sentence-transformers/all-MiniLM-L6-v2"
+    """`sentence`: folder or hub id of a sentence-transformers model (extra `text`)."""
+    dim: int = 128
+    """Dimensions of `tfidf` and of the collaborative block."""
+    window: int = 5
+    """Collaborative block: items up to this many steps apart count as taken together."""
+    seed: int = 0
+    """Start of the solvers."""
+
+    def __post_init__(self) -> None:
+        for name in ("dim", "window"):
+            value = getattr(self, name)
+            _require(value >= 1, f"embedding.{name} is {value}; use 1 or more")
+        for name in ("text_weight", "collaborative_weight", "file_weight"):
+            value = getattr(self, name)
+            _require(value > 0 and math.isfinite(value), f"embedding.{name} is {value}; use a positive number")
+        _require(
+            self.text != "none" or self.collaborative != "none" or self.file is not None,
+            "embedding: text and collaborative are none and file is not set; choose at least one",
+        )
+
+
+@dataclass(frozen=True)
+class SemanticConfig:
+    """Semantic ids: how item vectors become codes."""
+
+    levels: int = 3
+    """Codes an item (L), the extra one of `collisions: extra` not counted."""
+    codes: int = 256
+    """Codes a level (K)."""
+    balanced: bool = False
+    """Codes are used evenly: on every level (`rqkmeans`), on the last one by Sinkhorn (`rqvae`, LC-Rec)."""
+    collisions: Literal["extra", "nearest", "lists"] = "extra"
+    """Items with equal codes: one more level that counts them (TIGER), the nearest free code (LC-Rec, MiniOneRec), or shared."""
+    latent: int = 32
+    """`rqvae`: dimensions of the space that is quantised."""
+    hidden: tuple[int, ...] = (512, 256, 128)
+    """`rqvae`: hidden layers of the encoder; the decoder mirrors them."""
+    epochs: int = 200
+    """`rqvae`: passes over the items."""
+    batch: int = 1024
+    """`rqvae`: items a step."""
+    learning_rate: float = 1e-3
+    """`rqvae`: peak rate of AdamW."""
+    commitment: float = 0.25
+    """`rqvae`: weight of the commitment loss."""
+    seed: int = 0
+    """Initialisation and order."""
+
+    def __post_init__(self) -> None:
+        for name in ("levels", "latent", "epochs", "batch"):
+            value = getattr(self, name)
+            _require(value >= 1, f"semantic.{name} is {value}; use 1 or more")
+        _require(self.codes >= 2, f"semantic.codes is {self.codes}; use 2 or more")
+        _require(all(size >= 1 for size in self.hidden), f"semantic.hidden is {list(self.hidden)}; use sizes of 1 or more")
+        for name in ("learning_rate", "commitment"):
+            value = getattr(self, name)
+            _require(value > 0 and math.isfinite(value), f"semantic.{name} is {value}; use a positive number")
 
 
 @dataclass(frozen=True)
@@ -159,8 +250,10 @@ class LoraConfig:
 class TrainConfig:
     """Optimisation."""
 
-    method: Literal["lora", "full"] = "lora"
-    """`lora`: adapters and new token rows. `full`: every parameter."""
+    method: Literal["rows", "lora", "full"] = "lora"
+    """`rows`: new token rows only. `lora`: adapters and new token rows. `full`: every parameter."""
+    rows_first: float = 0.0
+    """Share of the steps, from the first, in which only new token rows are trained; then the rest joins in."""
     epochs: float = 1.0
     """Passes over the training examples."""
     max_steps: int | None = None
@@ -206,6 +299,10 @@ class TrainConfig:
         for name in ("warmup_fraction", "final_fraction"):
             value = getattr(self, name)
             _require(0 <= value <= 1, f"train.{name} is {value}; use a value in [0, 1]")
+        _require(
+            0 <= self.rows_first < 1,
+            f"train.rows_first is {self.rows_first}; use a share in [0, 1) (train.method: rows trains nothing else)",
+        )
         for name in ("max_steps", "validate_every"):
             value = getattr(self, name)
             _require(value is None or value >= 1, f"train.{name} is {value}; use 1 or more, or null")
@@ -270,10 +367,12 @@ class EvaluateConfig:
 
 @dataclass(frozen=True)
 class RunConfig:
-    """A run: data, items, prompt, model, adapters, training, mesh, decoding, evaluation."""
+    """A run: data, items, item vectors, semantic ids, prompt, model, adapters, training, mesh, decoding, evaluation."""
 
     data: DataConfig = field(default_factory=DataConfig)
     items: ItemsConfig = field(default_factory=ItemsConfig)
+    embedding: EmbeddingConfig = field(default_factory=EmbeddingConfig)
+    semantic: SemanticConfig = field(default_factory=SemanticConfig)
     prompt: PromptConfig = field(default_factory=PromptConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)
@@ -281,128 +380,3 @@ class RunConfig:
     mesh: MeshConfig = field(default_factory=MeshConfig)
     decode: DecodeConfig = field(default_factory=DecodeConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
-
-
-PATH_FIELDS = {"data": ("source", "catalogue"), "model": ("base", "tokenizer")}
-
-
-def _nearest(name: str, known: typing.Iterable[str]) -> str:
-    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.0)
-    return close[0] if close else ""
-
-
-def _matches(value: Any, annotation: Any) -> bool:
-    origin = typing.get_origin(annotation)
-    if origin in (typing.Union, types.UnionType):
-        return any(_matches(value, arm) for arm in typing.get_args(annotation))
-    if origin is Literal:
-        return value in typing.get_args(annotation)
-    if origin is tuple:
-        return isinstance(value, tuple | list) and all(isinstance(v, str) for v in value)
-    if annotation is type(None):
-        return value is None
-    if annotation is float:
-        return isinstance(value, int | float) and not isinstance(value, bool)
-    if annotation is int:
-        return isinstance(value, int) and not isinstance(value, bool)
-    return isinstance(value, annotation)
-
-
-def _describe(annotation: Any) -> str:
-    if typing.get_origin(annotation) is Literal:
-        return "one of " + ", ".join(repr(v) for v in typing.get_args(annotation))
-    return getattr(annotation, "__name__", str(annotation)).replace("NoneType", "null").replace("None", "null")
-
-
-def _section(cls: type, values: Any, name: str, where: str) -> Any:
-    if values is None:
-        values = {}
-    if not isinstance(values, dict):
-        raise UserError(f"{where}: section {name} is {values!r}; write `{name}:` with indented `key: value` lines below")
-    hints = typing.get_type_hints(cls)
-    clean = {}
-    for key, value in values.items():
-        if key not in hints:
-            raise UserError(f"{where}: unknown key {name}.{key}; the nearest known key is {name}.{_nearest(str(key), hints)}")
-        if isinstance(value, str) and _matches(0.5, hints[key]) and not _matches(value, hints[key]):
-            try:
-                value = float(value)  # YAML 1.1 reads 1e-4 as text
-            except ValueError:
-                pass
-        if not _matches(value, hints[key]):
-            raise UserError(f"{where}: {name}.{key} is {value!r}; expected {_describe(hints[key])}")
-        clean[key] = tuple(value) if isinstance(value, list) else value
-    return cls(**clean)
-
-
-def parse_config(values: Any, where: str) -> RunConfig:
-    """Builds a RunConfig from nested dictionaries; `where` names the source in errors."""
-    if values is None:
-        values = {}
-    if not isinstance(values, dict):
-        raise UserError(f"{where}: expected sections such as `data:` and `train:`, found {type(values).__name__}")
-    hints = typing.get_type_hints(RunConfig)
-    for key in values:
-        if key not in hints:
-            raise UserError(f"{where}: unknown key {key}; the nearest known key is {_nearest(str(key), hints)}")
-    return RunConfig(**{k: _section(hints[k], v, k, where) for k, v in values.items()})
-
-
-def load_config(path: str | Path) -> RunConfig:
-    """Reads a YAML file. Values that name an existing path relative to the file become absolute paths."""
-    path = Path(path)
-    try:
-        text = path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise UserError(
-            f"{path}: cannot read the config ({error.strerror}); name a YAML file such as configs/quick.yaml"
-        ) from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: byte {error.start} is not UTF-8; save the config as UTF-8") from None
-    try:
-        values = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
-    config = parse_config(values, str(path))
-    return resolve_paths(config, path.parent)
-
-
-def resolve_paths(config: RunConfig, folder: Path) -> RunConfig:
-    """Makes path-like values absolute when they exist below `folder` or look like paths."""
-    for section, names in PATH_FIELDS.items():
-        part = getattr(config, section)
-        for name in names:
-            value = getattr(part, name)
-            if value is None or value.startswith("tfds:") and not value.startswith(("tfds:.", "tfds:/")):
-                continue
-            scheme, rest = ("tfds:", value[5:]) if value.startswith("tfds:") else ("", value)
-            if rest.startswith(("./", "../")) or (folder / rest).exists():
-                part = dataclasses.replace(part, **{name: scheme + str((folder / rest).resolve())})
-        config = dataclasses.replace(config, **{section: part})
-    return config
-
-
-def to_dict(config: RunConfig) -> dict[str, Any]:
-    """Plain nested dictionaries (tuples become lists), ready for YAML or JSON."""
-
-    def plain(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {k: plain(v) for k, v in value.items()}
-        return list(value) if isinstance(value, tuple) else value
-
-    return plain(dataclasses.asdict(config))
-
-
-def dump_config(config: RunConfig) -> str:
-    """The YAML text that `load_config` reads back to an equal config."""
-    return yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True)
-
-
-def nearest_field(option: str) -> str | None:
-    """None for `--section.field` that exists; else the nearest option that does."""
-    known = [
-        f"--{section}.{name}" for section, cls in typing.get_type_hints(RunConfig).items() for name in typing.get_type_hints(cls)
-    ]
-    option = option.replace("-", "_").replace("__", "--", 1) if option.startswith("--") else option
-    positive = option.replace(".no_", ".")
-    return None if option in known or positive in known else _nearest(option, known)

@@ -6,7 +6,7 @@ import numpy as np
 
 from sftrec_jax.data.dataset import Dataset
 from sftrec_jax.items.codes import ItemCodes
-from sftrec_jax.items.collaborative import collaborative_vectors, cooccurrence
+from sftrec_jax.items.embed.collaborative import collaborative_vectors, cooccurrence
 from sftrec_jax.model.load import initial_rows
 
 

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sftrec_jax.config import RunConfig, dump_config, load_config, to_dict
+from sftrec_jax.config import RunConfig
+from sftrec_jax.config_file import dump_config, load_config, to_dict
 from sftrec_jax.errors import UserError
 
 ENTRIES = ("config.yaml", "prepared", "checkpoints", "metrics.jsonl", "metrics.json", "recommendations.parquet", "export")

@@ -9,14 +9,15 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from sftrec_jax.config import RunConfig, load_config
+from sftrec_jax.config import RunConfig
+from sftrec_jax.config_file import load_config
 from sftrec_jax.console import console
 from sftrec_jax.data.dataset import Dataset
 from sftrec_jax.data.prepare import prepare_dataset
 from sftrec_jax.data.prompts import PromptBuilder, prompt_builder
 from sftrec_jax.errors import UserError
 from sftrec_jax.items.codes import ItemCodes, atomic_codes, title_codes
-from sftrec_jax.items.collaborative import collaborative_vectors
+from sftrec_jax.items.embed.collaborative import collaborative_vectors
 from sftrec_jax.items.titles import distinct_titles
 from sftrec_jax.model.decoder import Decoder
 from sftrec_jax.model.hub import BaseSource, load_tokenizer, resolve_base

@@ -1,0 +1,146 @@
+"""Configurations in YAML files: read with every key and type checked, paths resolved, written back.
+
+Every relative path in a YAML file is relative to that file. `load_config` resolves them.
+"""
+
+import dataclasses
+import difflib
+import types
+import typing
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from sftrec_jax.config import RunConfig
+from sftrec_jax.errors import UserError
+
+PATH_FIELDS = {
+    "data": ("source", "catalogue"),
+    "items": ("codes_file",),
+    "embedding": ("file", "sentence_model"),
+    "model": ("base", "tokenizer"),
+}
+
+
+def _nearest(name: str, known: typing.Iterable[str]) -> str:
+    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.0)
+    return close[0] if close else ""
+
+
+def _matches(value: Any, annotation: Any) -> bool:
+    origin = typing.get_origin(annotation)
+    if origin in (typing.Union, types.UnionType):
+        return any(_matches(value, arm) for arm in typing.get_args(annotation))
+    if origin is Literal:
+        return value in typing.get_args(annotation)
+    if origin is tuple:
+        element = typing.get_args(annotation)[0]
+        return isinstance(value, tuple | list) and all(_matches(v, element) for v in value)
+    if annotation is type(None):
+        return value is None
+    if annotation is float:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    if annotation is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, annotation)
+
+
+def _describe(annotation: Any) -> str:
+    if typing.get_origin(annotation) is Literal:
+        return "one of " + ", ".join(repr(v) for v in typing.get_args(annotation))
+    return getattr(annotation, "__name__", str(annotation)).replace("NoneType", "null").replace("None", "null")
+
+
+def _section(cls: type, values: Any, name: str, where: str) -> Any:
+    if values is None:
+        values = {}
+    if not isinstance(values, dict):
+        raise UserError(f"{where}: section {name} is {values!r}; write `{name}:` with indented `key: value` lines below")
+    hints = typing.get_type_hints(cls)
+    clean = {}
+    for key, value in values.items():
+        if key not in hints:
+            raise UserError(f"{where}: unknown key {name}.{key}; the nearest known key is {name}.{_nearest(str(key), hints)}")
+        if isinstance(value, str) and _matches(0.5, hints[key]) and not _matches(value, hints[key]):
+            try:
+                value = float(value)  # YAML 1.1 reads 1e-4 as text
+            except ValueError:
+                pass
+        if not _matches(value, hints[key]):
+            raise UserError(f"{where}: {name}.{key} is {value!r}; expected {_describe(hints[key])}")
+        clean[key] = tuple(value) if isinstance(value, list) else value
+    return cls(**clean)
+
+
+def parse_config(values: Any, where: str) -> RunConfig:
+    """Builds a RunConfig from nested dictionaries; `where` names the source in errors."""
+    if values is None:
+        values = {}
+    if not isinstance(values, dict):
+        raise UserError(f"{where}: expected sections such as `data:` and `train:`, found {type(values).__name__}")
+    hints = typing.get_type_hints(RunConfig)
+    for key in values:
+        if key not in hints:
+            raise UserError(f"{where}: unknown key {key}; the nearest known key is {_nearest(str(key), hints)}")
+    return RunConfig(**{k: _section(hints[k], v, k, where) for k, v in values.items()})
+
+
+def load_config(path: str | Path) -> RunConfig:
+    """Reads a YAML file. Values that name an existing path relative to the file become absolute paths."""
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise UserError(
+            f"{path}: cannot read the config ({error.strerror}); name a YAML file such as configs/quick.yaml"
+        ) from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: byte {error.start} is not UTF-8; save the config as UTF-8") from None
+    try:
+        values = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+    config = parse_config(values, str(path))
+    return resolve_paths(config, path.parent)
+
+
+def resolve_paths(config: RunConfig, folder: Path) -> RunConfig:
+    """Makes path-like values absolute when they exist below `folder` or look like paths."""
+    for section, names in PATH_FIELDS.items():
+        part = getattr(config, section)
+        for name in names:
+            value = getattr(part, name)
+            if value is None or value.startswith("tfds:") and not value.startswith(("tfds:.", "tfds:/")):
+                continue
+            scheme, rest = ("tfds:", value[5:]) if value.startswith("tfds:") else ("", value)
+            if rest.startswith(("./", "../")) or (folder / rest).exists():
+                part = dataclasses.replace(part, **{name: scheme + str((folder / rest).resolve())})
+        config = dataclasses.replace(config, **{section: part})
+    return config
+
+
+def to_dict(config: RunConfig) -> dict[str, Any]:
+    """Plain nested dictionaries (tuples become lists), ready for YAML or JSON."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {k: plain(v) for k, v in value.items()}
+        return list(value) if isinstance(value, tuple) else value
+
+    return plain(dataclasses.asdict(config))
+
+
+def dump_config(config: RunConfig) -> str:
+    """The YAML text that `load_config` reads back to an equal config."""
+    return yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True)
+
+
+def nearest_field(option: str) -> str | None:
+    """None for `--section.field` that exists; else the nearest option that does."""
+    known = [
+        f"--{section}.{name}" for section, cls in typing.get_type_hints(RunConfig).items() for name in typing.get_type_hints(cls)
+    ]
+    option = option.replace("-", "_").replace("__", "--", 1) if option.startswith("--") else option
+    positive = option.replace(".no_", ".")
+    return None if option in known or positive in known else _nearest(option, known)
