@@ -29,6 +29,7 @@ EXAMPLES = {
     "train": "sftrec train runs/quick --resume",
     "evaluate": "sftrec evaluate runs/quick",
     "export": "sftrec export runs/quick --to exported --format merged",
+    "add-items": "sftrec add-items runs/beauty --catalogue new.jsonl",
     "recommend": 'sftrec recommend runs/quick --history "Toy Story (1995); Heat (1995)"',
 }
 
@@ -86,11 +87,29 @@ def _parser() -> argparse.ArgumentParser:
     recommend.add_argument("--keep-seen", action="store_true", help="items of the history may be recommended again")
     recommend.add_argument("--to", type=Path, metavar="FILE", help="write .parquet or .jsonl instead of printing")
     recommend.add_argument("--json", action="store_true", help="print JSON lines")
-    export = verb("export", "Write the model for other tools.")
-    export.add_argument("--to", type=Path, metavar="DIR", required=True, help="folder to write")
-    export.add_argument("--format", choices=("merged", "adapter"), default="merged", help="Hugging Face model, or PEFT adapter")
+    add = verb("add-items", "Name new items without training again: semantic ids, titles or keyphrases.")
+    add.add_argument(
+        "--catalogue",
+        type=Path,
+        metavar="FILE",
+        required=True,
+        help="items, with the columns of the run's catalogue; known ones are passed over",
+    )
+    add.add_argument(
+        "--vectors", type=Path, metavar="FILE", help=".npy with a row for each row of FILE, where the run has `embedding.file`"
+    )
+    export = verb("export", "Write the model or the item codes for other tools.")
+    export.add_argument(
+        "--to", type=Path, metavar="PATH", required=True, help="folder to write (a .json file with `--format index`)"
+    )
+    export.add_argument(
+        "--format",
+        choices=("merged", "adapter", "index"),
+        default="merged",
+        help="Hugging Face model, PEFT adapter, or item codes as index.json (LETTER, MiniOneRec)",
+    )
     export.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="type of merged weights")
-    export.add_argument("--overwrite", action="store_true", help="replace an earlier export in DIR")
+    export.add_argument("--overwrite", action="store_true", help="replace an earlier export in PATH")
     return parser
 
 
@@ -215,7 +234,17 @@ def _export(args: argparse.Namespace, extra: Sequence[str], argv: Sequence[str])
     from sftrec_jax.run.session import open_session
 
     session = open_session(args.run)
+    if args.format == "index":
+        stages.export_index(session, args.to, args.overwrite)
+        return
     stages.export_to(session, session.trained_decoder()[0], _command(argv), args.to, args.format, args.dtype, args.overwrite)
+
+
+def _add_items(args: argparse.Namespace, extra: Sequence[str], argv: Sequence[str]) -> None:
+    from sftrec_jax.run.extend import add_items
+    from sftrec_jax.run.session import open_session
+
+    add_items(open_session(args.run), args.catalogue, args.vectors)
 
 
 def _recommend(args: argparse.Namespace, extra: Sequence[str], argv: Sequence[str]) -> None:
@@ -263,7 +292,15 @@ def _as_items(items: list[int]) -> Any:
     return np.asarray(items, np.int32)
 
 
-VERBS = {"run": _run, "prepare": _prepare, "train": _train, "evaluate": _evaluate, "recommend": _recommend, "export": _export}
+VERBS = {
+    "run": _run,
+    "prepare": _prepare,
+    "train": _train,
+    "evaluate": _evaluate,
+    "recommend": _recommend,
+    "add-items": _add_items,
+    "export": _export,
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,6 +1,7 @@
 """Configurations in YAML files: read with every key and type checked, paths resolved, written back.
 
-Every relative path in a YAML file is relative to that file. `load_config` resolves them.
+Every relative path in a YAML file is relative to that file; a leading `$SFTREC_DATA/` is the folder of public data (see
+`data/known.py`). `load_config` resolves them.
 """
 
 import dataclasses
@@ -13,6 +14,7 @@ from typing import Any, Literal
 import yaml
 
 from sftrec_jax.config import RunConfig
+from sftrec_jax.data.known import check_present, expand
 from sftrec_jax.errors import UserError
 
 PATH_FIELDS = {
@@ -111,6 +113,11 @@ def resolve_paths(config: RunConfig, folder: Path) -> RunConfig:
         part = getattr(config, section)
         for name in names:
             value = getattr(part, name)
+            if value is not None and expand(value) != value:
+                path = Path(expand(value))
+                check_present(path)
+                part = dataclasses.replace(part, **{name: str(path.absolute())})
+                continue
             if value is None or value.startswith("tfds:") and not value.startswith(("tfds:.", "tfds:/")):
                 continue
             scheme, rest = ("tfds:", value[5:]) if value.startswith("tfds:") else ("", value)

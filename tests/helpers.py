@@ -17,7 +17,8 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTraine
 
 from sftrec_jax.config import LoraConfig, MeshConfig, ModelConfig, TrainConfig
 from sftrec_jax.data.packing import PackedBatch
-from sftrec_jax.items.codes import ItemCodes, atomic_codes
+from sftrec_jax.items.codes import ItemCodes
+from sftrec_jax.items.naming import atomic_codes
 from sftrec_jax.model.decoder import Decoder
 from sftrec_jax.model.hub import BaseSource
 from sftrec_jax.model.layers import TokenRows

@@ -6,7 +6,7 @@ import numpy as np
 
 from sftrec_jax.data.dataset import Dataset
 from sftrec_jax.items.codes import ItemCodes
-from sftrec_jax.items.embed.collaborative import collaborative_vectors, cooccurrence
+from sftrec_jax.items.embed.collaborative import collaborative_vectors, cooccurrence, ppmi_vectors
 from sftrec_jax.model.load import initial_rows
 
 
@@ -33,18 +33,80 @@ def test_cooccurrence_equals_loops() -> None:
         np.testing.assert_allclose(cooccurrence(dataset, window).toarray(), expected, rtol=1e-12)
 
 
+def held_out_variants(dataset: Dataset) -> list[Dataset]:
+    """The data set with its validation and test items changed, dropped, and exchanged between users."""
+    lengths = np.diff(dataset.offsets)
+    positions = np.arange(len(dataset.items)) - np.repeat(dataset.offsets[:-1], lengths)
+    held_out = positions >= np.repeat(dataset.train_end, lengths)
+    assert held_out.sum() == 2 * len(lengths)
+    changed, exchanged = dataset.items.copy(), dataset.items.copy()
+    changed[held_out] = (changed[held_out] + 5) % len(dataset.item_ids)
+    exchanged[held_out] = np.roll(exchanged[held_out], 7)
+    none = np.full(len(lengths), -1)
+    return [
+        dataclasses.replace(dataset, items=changed),
+        dataclasses.replace(dataset, items=exchanged),
+        dataclasses.replace(
+            dataset,
+            items=dataset.items[~held_out],
+            timestamps=dataset.timestamps[~held_out],
+            offsets=np.concatenate([[0], np.cumsum(dataset.train_end)]),
+            valid_position=none,
+            test_position=none,
+        ),
+    ]
+
+
 def test_held_out_items_change_nothing() -> None:
     dataset = random_dataset(0)
     items = dataset.items.copy()
-    for user in range(30):
-        begin, end = dataset.offsets[user] + dataset.train_end[user], dataset.offsets[user + 1]
-        items[begin:end] = (items[begin:end] + 5) % 12
-    changed = dataclasses.replace(dataset, items=items)
-    np.testing.assert_array_equal(collaborative_vectors(dataset, 4, 3, 0), collaborative_vectors(changed, 4, 3, 0))
-    items = dataset.items.copy()
     items[0] = (items[0] + 5) % 12  # a training interaction does reach them
-    changed = dataclasses.replace(dataset, items=items)
-    assert np.abs(collaborative_vectors(dataset, 4, 3, 0) - collaborative_vectors(changed, 4, 3, 0)).max() > 1e-3
+    in_training = dataclasses.replace(dataset, items=items)
+    for vectors in (collaborative_vectors, ppmi_vectors):
+        found = vectors(dataset, 4, 3, 0)
+        for changed in held_out_variants(dataset):
+            np.testing.assert_array_equal(vectors(changed, 4, 3, 0), found)
+        assert np.abs(vectors(in_training, 4, 3, 0) - found).max() > 1e-3
+    for changed in held_out_variants(dataset):
+        assert (cooccurrence(changed, 3) != cooccurrence(dataset, 3)).nnz == 0
+    assert (cooccurrence(in_training, 3) != cooccurrence(dataset, 3)).nnz > 0
+
+
+def test_ppmi_vectors_are_those_of_the_singular_vectors() -> None:
+    dataset = random_dataset(2)
+    counts, total = np.zeros((12, 12)), 0.0
+    for user in range(30):
+        history = dataset.train_history(user)
+        for i, first in enumerate(history):
+            for j, second in enumerate(history):
+                if 0 < abs(i - j) <= 3:
+                    counts[first, second] += 1 / abs(i - j)
+                    total += 1 / abs(i - j)
+    information = np.zeros((12, 12))
+    for i in range(12):
+        for j in range(12):
+            if counts[i, j] > 0:
+                information[i, j] = max(0.0, np.log(counts[i, j] / total / (counts[i].sum() / total * counts[j].sum() / total)))
+    left, singular, _ = np.linalg.svd(information)
+    expected = left[:, :5] * np.sqrt(singular[:5])
+    expected /= np.linalg.norm(expected, axis=1, keepdims=True)
+    vectors = ppmi_vectors(dataset, 5, 3, 0)
+    assert vectors.dtype == np.float32 and (information == 0).mean() > 0.2
+    np.testing.assert_allclose(vectors @ vectors.T, expected @ expected.T, atol=1e-5)
+
+
+def test_ppmi_vectors_of_items_without_company_are_zeros() -> None:
+    dataset = random_dataset(4, n_items=40, users=6)
+    vectors = ppmi_vectors(dataset, 60, 3, 0)
+    together = np.zeros(40, bool)
+    for user in range(6):
+        history = dataset.train_history(user)
+        together[history] |= len(history) > 1
+    assert vectors.shape == (40, 60) and 0 < together.sum() < 40
+    assert not vectors[~together].any()
+    np.testing.assert_allclose(np.linalg.norm(vectors[together], axis=1), 1, atol=1e-6)
+    alone = dataclasses.replace(dataset, train_end=np.ones(6, np.int64))
+    assert not ppmi_vectors(alone, 4, 3, 0).any() and not collaborative_vectors(alone, 4, 3, 0).any()
 
 
 def test_directions_are_those_of_the_singular_vectors() -> None:

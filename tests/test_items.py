@@ -7,8 +7,9 @@ from hypothesis import strategies as st
 from tiny_tokenizers import KINDS, byte_fallback, byte_level
 
 from sftrec_jax.errors import UserError
-from sftrec_jax.items.codes import ItemCodes, atomic_codes, item_token, terminator, title_codes
+from sftrec_jax.items.codes import ItemCodes
 from sftrec_jax.items.encode import TitleEncoder
+from sftrec_jax.items.naming import atomic_codes, item_token, terminator, title_codes
 from sftrec_jax.items.titles import TitleIndex, distinct_titles, match_title, split_history
 
 HOSTILE = ["Heat", "</s>", "<|end|> of it", "<|item_1|>", "a\nb\r\nc", "\u2028x", "naïve 日本", "<|<|end|>end|>", "[2]", "x;y"]
@@ -181,7 +182,7 @@ def valid_codes(codes: np.ndarray) -> bool:
         if length == 0 or any(v != -1 for v in row[length:]) or min(row) < -1:
             return False
         rows.append(row[:length])
-    return not any(b[: len(a)] == a for i, a in enumerate(rows) for j, b in enumerate(rows) if i != j)
+    return not any(len(a) < len(b) and b[: len(a)] == a for a in rows for b in rows)  # equal codes are allowed
 
 
 @given(st.lists(st.lists(st.integers(-1, 2), min_size=3, max_size=3), min_size=1, max_size=6))

@@ -9,7 +9,8 @@ from tiny_tokenizers import KINDS, byte_level
 from sftrec_jax.config import PromptConfig
 from sftrec_jax.data.prompts import PromptBuilder, prompt_builder
 from sftrec_jax.errors import UserError
-from sftrec_jax.items.codes import ItemCodes, atomic_codes, title_codes
+from sftrec_jax.items.codes import ItemCodes
+from sftrec_jax.items.naming import atomic_codes, title_codes
 
 TITLES = ["Toy Story (1995)", "Heat (1995)", "War of the Worlds (2005)", "the quick brown fox", "<|item_1|>", "Toy"]
 HISTORY = st.lists(st.integers(0, 5), max_size=9)

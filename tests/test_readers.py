@@ -1,5 +1,6 @@
 """Readers: every format gives the same histories, and every mistake a line that says where it is."""
 
+import dataclasses
 import gzip
 import json
 from datetime import UTC, datetime
@@ -253,3 +254,30 @@ def test_a_missing_title_becomes_the_id(tmp_path: Path) -> None:
     dataset = prepared(log, catalogue=str(items), user_core=0)
     assert dataset.titles.tolist() == ["A", "b", "c"]
     assert dataset.report["missing_titles"] == 2
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_text_of_an_item_joins_columns_and_lists(tmp_path: Path, kind: str) -> None:
+    rows = [
+        {"item_id": "a", "title": "Red ball", "brand": "Acme", "tags": ["toy", "round"], "key": "ball"},
+        {"item_id": "b", "title": "[1] or not", "brand": None, "tags": [], "key": None},
+        {"item_id": "c", "title": "", "brand": " ", "tags": None, "key": ""},
+    ]
+    path = tmp_path / f"items.{kind}"
+    frame = pl.DataFrame(rows)
+    frame.write_parquet(path) if kind == "parquet" else path.write_text("\n".join(json.dumps(r) for r in rows))
+    log = tmp_path / "log.txt"
+    log.write_text("u a b a\nv b a b\n")
+    config = DataConfig(source=str(log), catalogue=str(path), text_columns=("title", "brand", "tags"), keyphrase_column="key")
+    dataset = prepare_dataset(config)
+    dataset.save(tmp_path / "saved")
+    for each in (dataset, Dataset.load(tmp_path / "saved")):
+        assert each.text is not None
+        assert each.text.texts.tolist() == ["Red ball. Acme. toy, round", "[1] or not", ""]
+        assert each.text.keyphrases.tolist() == ["ball", "", ""]
+        assert each.text.rows.tolist() == [0, 1, 2]
+    assert dataset.report["missing_texts"] == 1
+    only = prepare_dataset(dataclasses.replace(config, text_columns=(), item_core=1))
+    assert only.text is not None and only.text.texts.tolist() == ["Red ball", "[1] or not"]
+    with pytest.raises(UserError, match=r"no column 'colour'.*data\.text_columns"):
+        prepare_dataset(dataclasses.replace(config, text_columns=("title", "colour")))

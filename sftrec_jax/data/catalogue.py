@@ -7,7 +7,7 @@ import numpy as np
 import polars as pl
 
 from sftrec_jax.config import DataConfig
-from sftrec_jax.data.columns import as_text, text_ids
+from sftrec_jax.data.columns import as_text, as_words, text_ids
 from sftrec_jax.data.readers import read_table
 from sftrec_jax.data.table import Column
 from sftrec_jax.errors import UserError
@@ -21,6 +21,10 @@ class Catalogue:
     """Text [n_items], distinct."""
     titles: pl.Series
     """Text [n_items], never empty; not necessarily distinct."""
+    texts: pl.Series
+    """Text [n_items], what `data.text_columns` say of the item; "" for one of which they say nothing."""
+    keyphrases: pl.Series
+    """Text [n_items]; "" for an item without one."""
     missing_titles: int
     """Items without a title; their id stands in for it."""
     where: str
@@ -28,11 +32,15 @@ class Catalogue:
 
 
 def read_catalogue(path: Path, config: DataConfig) -> Catalogue:
-    """Reads ids and titles; UserError for an id that occurs twice or is missing."""
+    """Reads ids, titles and texts; UserError for an id that occurs twice or is missing."""
     columns = [
         Column("item", config.catalogue_item_column, "data.catalogue_item_column"),
         Column("title", config.title_column, "data.title_column"),
     ]
+    words = config.text_columns or (config.title_column,)
+    columns += [Column(f"text_{i}", name, "data.text_columns") for i, name in enumerate(words)]
+    if config.keyphrase_column is not None:
+        columns.append(Column("keyphrase", config.keyphrase_column, "data.keyphrase_column"))
     table = read_table(path, columns)
     ids = text_ids(table, "item").rename("item")
     titles = as_text(table, "title")
@@ -46,19 +54,26 @@ def read_catalogue(path: Path, config: DataConfig) -> Catalogue:
     if ids.len() == 0:
         raise UserError(f"{path}: the catalogue has no item; name a file with at least one row below the header")
     empty = titles.is_null() | (titles.str.strip_chars() == "").fill_null(False)
-    return Catalogue(ids, titles.zip_with(~empty, ids).rename("title"), int(empty.sum()), str(path))
+    parts = pl.DataFrame([as_words(table, f"text_{i}") for i in range(len(words))])
+    texts = parts.select(pl.concat_str(pl.all(), separator=". ", ignore_nulls=True)).to_series()
+    keyphrases = as_words(table, "keyphrase") if config.keyphrase_column is not None else pl.repeat(None, ids.len(), eager=True)
+    return Catalogue(
+        ids,
+        titles.zip_with(~empty, ids).rename("title"),
+        texts.fill_null("").rename("text"),
+        keyphrases.cast(pl.String).fill_null("").rename("keyphrase"),
+        int(empty.sum()),
+        str(path),
+    )
 
 
 def catalogue_of_log(items: pl.Series, where: str) -> Catalogue:
     """The items that a log holds, sorted by id, each id its own title."""
     ids = items.unique().sort().rename("item")
-    return Catalogue(ids, ids.rename("title"), 0, where)
+    nothing = pl.Series([""] * ids.len(), dtype=pl.String)
+    return Catalogue(ids, ids.rename("title"), nothing.rename("text"), nothing.rename("keyphrase"), 0, where)
 
 
-def catalogue_arrays(catalogue: Catalogue, keep: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Ids and titles [kept] as object arrays, of the items where `keep` (bool [n_items]) is true."""
-    mask = pl.Series(keep)
-    return (
-        np.array(catalogue.item_ids.filter(mask).to_list(), dtype=object),
-        np.array(catalogue.titles.filter(mask).to_list(), dtype=object),
-    )
+def kept(values: pl.Series, keep: np.ndarray) -> np.ndarray:
+    """The texts [kept] as an object array, of the items where `keep` (bool [n_items]) is true."""
+    return np.array(values.filter(pl.Series(keep)).to_list(), dtype=object)

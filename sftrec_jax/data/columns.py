@@ -1,5 +1,6 @@
 """Columns as they come to columns with one meaning: ids as text, times as seconds, ratings as numbers."""
 
+import json
 from datetime import UTC, datetime
 
 import polars as pl
@@ -32,6 +33,30 @@ def as_text(table: Table, role: str) -> pl.Series:
     if lost.any():
         raise UserError(f"{table.where}: row {first_row(table, lost)} has a {role} that is not UTF-8; write it as UTF-8 text")
     return text
+
+
+def as_words(table: Table, role: str) -> pl.Series:
+    """A column as text for reading; the parts of a list (a JSON array, or a list of Parquet) are joined by commas.
+
+    Null where there is nothing but white space. UserError as in `as_text`.
+    """
+    values = table.frame[role]
+    if isinstance(values.dtype, pl.List) and not values.dtype.inner.is_nested():  # pyright: ignore[reportAttributeAccessIssue]
+        text = values.list.eval(pl.element().drop_nulls().cast(pl.String)).list.join(", ")
+    else:
+        text = as_text(table, role).map_elements(_joined, return_dtype=pl.String)
+    text = text.str.strip_chars()
+    return text.set(text == "", None)
+
+
+def _joined(text: str) -> str:
+    if not text.startswith("["):
+        return text
+    try:
+        parts = json.loads(text)
+    except ValueError:
+        return text
+    return ", ".join(str(part) for part in parts if part is not None) if isinstance(parts, list) else text
 
 
 def ratings(table: Table) -> pl.Series:

@@ -14,7 +14,19 @@ from polars.exceptions import PolarsError
 
 from sftrec_jax.errors import UserError
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+
+
+@dataclass(frozen=True, eq=False)
+class ItemText:
+    """What the catalogue says of each item beside its title."""
+
+    texts: np.ndarray
+    """Text (object) [n_items], `data.text_columns` joined; "" for an item of which they say nothing."""
+    keyphrases: np.ndarray
+    """Text (object) [n_items]; "" for an item without one."""
+    rows: np.ndarray
+    """int64 [n_items], place in the catalogue as it was read, from 0."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,6 +53,8 @@ class Dataset:
     """int64 [U], position of the test target in the history, -1: none."""
     report: dict[str, Any]
     """Counts: what came in, what was kept, why the rest was not; numbers, texts and nulls only."""
+    text: ItemText | None = None
+    """None for a data set made by hand."""
 
     def history(self, user: int) -> np.ndarray:
         """All items of the user with this index, int32 [n], oldest first."""
@@ -73,10 +87,7 @@ class Dataset:
                     "test_position": self.test_position,
                 }
             ),
-            "catalogue.parquet": pl.DataFrame(
-                {"item_id": self.item_ids.tolist(), "title": self.titles.tolist()},
-                schema={"item_id": pl.String, "title": pl.String},
-            ),
+            "catalogue.parquet": self._catalogue(),
         }
         digests = {}
         for name, frame in frames.items():
@@ -87,6 +98,21 @@ class Dataset:
         summary = {"format_version": FORMAT_VERSION, "files": digests, "report": self.report}
         text = json.dumps(summary, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
         _write_atomic(folder / "dataset.json", text.encode("utf-8"))
+
+    def _catalogue(self) -> pl.DataFrame:
+        text = self.text or ItemText(
+            np.full(len(self.titles), "", object), np.full(len(self.titles), "", object), np.arange(len(self.titles))
+        )
+        return pl.DataFrame(
+            {
+                "item_id": self.item_ids.tolist(),
+                "title": self.titles.tolist(),
+                "text": text.texts.tolist(),
+                "keyphrase": text.keyphrases.tolist(),
+                "row": text.rows.tolist(),
+            },
+            schema={"item_id": pl.String, "title": pl.String, "text": pl.String, "keyphrase": pl.String, "row": pl.Int64},
+        )
 
     @classmethod
     def load(cls, folder: Path) -> "Dataset":
@@ -104,8 +130,8 @@ class Dataset:
         lengths = np.bincount(interactions["user"].to_numpy(), minlength=users.height)
         return cls(
             user_ids=np.array(users["user_id"].to_list(), dtype=object),
-            item_ids=np.array(catalogue["item_id"].to_list(), dtype=object),
-            titles=np.array(catalogue["title"].to_list(), dtype=object),
+            item_ids=_texts(catalogue["item_id"]),
+            titles=_texts(catalogue["title"]),
             offsets=np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
             items=interactions["item"].to_numpy(),
             timestamps=interactions["timestamp"].to_numpy(),
@@ -113,7 +139,12 @@ class Dataset:
             valid_position=users["valid_position"].to_numpy(),
             test_position=users["test_position"].to_numpy(),
             report=report,
+            text=ItemText(_texts(catalogue["text"]), _texts(catalogue["keyphrase"]), catalogue["row"].to_numpy()),
         )
+
+
+def _texts(values: pl.Series) -> np.ndarray:
+    return np.array(values.to_list(), dtype=object)
 
 
 def _read(path: Path) -> bytes:

@@ -9,9 +9,9 @@ import numpy as np
 import polars as pl
 
 from sftrec_jax.config import DataConfig
-from sftrec_jax.data.catalogue import Catalogue, catalogue_arrays, catalogue_of_log, read_catalogue
+from sftrec_jax.data.catalogue import Catalogue, catalogue_of_log, kept, read_catalogue
 from sftrec_jax.data.columns import ratings, text_ids, times
-from sftrec_jax.data.dataset import Dataset
+from sftrec_jax.data.dataset import Dataset, ItemText
 from sftrec_jax.data.histories import drop_duplicates, k_core, text_hashes, tied_share, time_order
 from sftrec_jax.data.readers import TABLE_EXTENSIONS, read_table, unknown_type
 from sftrec_jax.data.sequences import read_sequences
@@ -45,7 +45,11 @@ def _movielens(config: DataConfig, folder: Path) -> DataConfig:
     if config.catalogue is not None:
         return config
     return dataclasses.replace(
-        config, catalogue=str(folder / "movies.csv.gz"), catalogue_item_column="movieId", title_column="title"
+        config,
+        catalogue=str(folder / "movies.csv.gz"),
+        catalogue_item_column="movieId",
+        title_column="title",
+        text_columns=config.text_columns or ("title", "genres"),
     )
 
 
@@ -65,6 +69,7 @@ def _prepare(config: DataConfig, shown_source: str) -> Dataset:
         "users_read": log["user"].n_unique(),
         "catalogue_items_read": catalogue.item_ids.len(),
         "missing_titles": catalogue.missing_titles,
+        "missing_texts": int((catalogue.texts == "").sum()),
     }
     log = _filtered(log, config, timed, report, table.where)
 
@@ -77,7 +82,7 @@ def _prepare(config: DataConfig, shown_source: str) -> Dataset:
     items = log["item"].to_numpy()
     counts = np.bincount(items, minlength=catalogue.item_ids.len())
     keep = counts >= config.item_core
-    item_ids, titles = catalogue_arrays(catalogue, keep)
+    item_ids, titles = kept(catalogue.item_ids, keep), kept(catalogue.titles, keep)
     offsets = np.concatenate([[0], np.cumsum(np.bincount(log["user"].to_numpy()))]).astype(np.int64)
     timestamps = log["time"].to_numpy()
     split = _split(config, offsets, timestamps, report)
@@ -102,6 +107,7 @@ def _prepare(config: DataConfig, shown_source: str) -> Dataset:
         valid_position=split.valid_position,
         test_position=split.test_position,
         report=report,
+        text=ItemText(kept(catalogue.texts, keep), kept(catalogue.keyphrases, keep), np.flatnonzero(keep)),
     )
 
 

@@ -12,6 +12,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from sftrec_jax.config import DecodeConfig
 from sftrec_jax.decode.beam import AllTokens, free_search, recommend
+from sftrec_jax.decode.groups import CodeGroups
 from sftrec_jax.decode.index import CatalogueIndex, build_index
 from sftrec_jax.errors import UserError
 from sftrec_jax.items.codes import ItemCodes
@@ -40,7 +41,8 @@ class Recommender:
 
     Args:
         decoder: its parameters stay where they are.
-        codes: tokens of every item.
+        codes: tokens of every item. Items with equal codes stand together in a list, each with the score of the code; see
+            `CodeGroups` for their order.
         config: beams, batch and layout. With one token an item a list is exact whatever `beam` says.
         mesh: devices of the parameters; users of a batch are divided over its axes data and fsdp where the batch divides.
 
@@ -50,7 +52,8 @@ class Recommender:
     def __init__(self, decoder: Decoder, codes: ItemCodes, config: DecodeConfig, mesh: Mesh | None = None):
         self.codes, self.config, self.mesh = codes, config, mesh
         _check_tokens(decoder, codes.codes)
-        self.index: CatalogueIndex = build_index(codes.codes, config.layout)
+        self.groups = CodeGroups.of(codes)
+        self.index: CatalogueIndex = build_index(self.groups.codes, config.layout)
         self._space = AllTokens(_column_tokens(decoder), self.index.length, _terminator(codes.codes))
         if mesh is not None:
             self.index, self._space = jax.device_put((self.index, self._space), NamedSharding(mesh, PartitionSpec()))
@@ -92,7 +95,7 @@ class Recommender:
 
         Returns: int32 [U, K, L] token ids, -1 after the end; float32 [U, K] log-probabilities, -inf where there is none.
         """
-        self._check(prompts, k, self._space.tokens.shape[0], "the vocabulary")
+        self._check(prompts, k, self._space.tokens.shape[0], "the vocabulary", k)
         tokens = np.full((len(prompts), k, self.index.length), -1, np.int32)
         scores = np.full((len(prompts), k), -np.inf, np.float32)
 
@@ -116,10 +119,10 @@ class Recommender:
     def _beam(self, k: int) -> int:
         return k if self.index.length == 1 else self.config.beam
 
-    def _check(self, prompts: Sequence[np.ndarray], k: int, most: int, of_what: str) -> None:
+    def _check(self, prompts: Sequence[np.ndarray], k: int, most: int, of_what: str, searched: int) -> None:
         if not 1 <= k <= most:
             raise UserError(f"{k} items a user were asked for but {of_what} has {most}; use a number from 1 to {most}")
-        if k > self._beam(k):
+        if searched > self._beam(searched):
             raise UserError(f"{k} items a user were asked for but decode.beam is {self.config.beam}; raise decode.beam")
         for row, prompt in enumerate(prompts):
             if not len(prompt):
@@ -133,31 +136,41 @@ class Recommender:
     def _rank(
         self, prompts: Sequence[np.ndarray], exclude: Sequence[np.ndarray] | None, k: int, both: bool, progress: Progress | None
     ) -> tuple[Ranking, Ranking]:
-        self._check(prompts, k, self.index.n_items, "the catalogue")
+        groups = self.groups
+        # Codes are searched, and k of them are enough: each that is not blocked has an item to return.
+        shared, searched = groups.shared > 0, min(k, self.index.n_items)
+        self._check(prompts, k, len(groups.group), "the catalogue", searched)
         if exclude is not None and len(exclude) != len(prompts):
             raise ValueError(f"{len(prompts)} prompts but {len(exclude)} lists of items to exclude")
+        blocked = [groups.excluded(items) for items in exclude] if shared and exclude is not None else exclude
         shape = (len(prompts), k)
         results = tuple(Ranking(np.full(shape, -1, np.int32), np.full(shape, -np.inf, np.float32)) for _ in range(2))
         # One width for the whole call, so that it adds no compilation.
-        most = _ladder(max(map(len, exclude), default=0)) if exclude is not None else 0
+        most = _ladder(max(map(len, blocked), default=0)) if blocked is not None else 0
 
         def dispatch(rows: np.ndarray, padded: jax.Array, lengths: jax.Array) -> Any:
             left_out = None
-            if exclude is not None:
+            if blocked is not None:
                 left_out = np.full((padded.shape[0], most), -1, np.int32)
                 for at, row in enumerate(rows):
-                    left_out[at, : len(exclude[row])] = exclude[row]
+                    left_out[at, : len(blocked[row])] = blocked[row]
                 left_out = self._place(left_out)
-            beam = self._beam(k)
-            return recommend(self._graphdef, self._state, self.index, padded, lengths, left_out, k=k, beam=beam, both=both)
+            search = (self._graphdef, self._state, self.index, padded, lengths, left_out)
+            return recommend(*search, k=searched, beam=self._beam(searched), both=both)
 
         def store(rows: np.ndarray, found: Any) -> None:
-            for result, part in zip(results, found, strict=True):
-                if part is not None:
-                    result.items[rows] = np.asarray(part.items)[: len(rows)]
-                    result.scores[rows] = np.asarray(part.scores)[: len(rows)]
-                    if np.isnan(result.scores[rows]).any():
-                        raise UserError("the model's scores are NaN: its weights are broken; use an earlier checkpoint")
+            for result, part, masked in zip(results, found, (True, False), strict=True):
+                if part is None:
+                    continue
+                items, scores = np.asarray(part.items)[: len(rows)], np.asarray(part.scores)[: len(rows)]
+                if np.isnan(scores).any():
+                    raise UserError("the model's scores are NaN: its weights are broken; use an earlier checkpoint")
+                if not shared:
+                    result.items[rows], result.scores[rows] = items, scores
+                    continue
+                for at, row in enumerate(rows):
+                    left_out = exclude[row] if masked and exclude is not None else None
+                    result.items[row], result.scores[row] = groups.expand(items[at], scores[at], left_out, k)
 
         self._batches(prompts, dispatch, store, progress)
         return results[0], results[1]

@@ -28,15 +28,27 @@ def first_hit_ranks(ranked: np.ndarray, targets: np.ndarray) -> np.ndarray:
     return np.where(hits.any(axis=1), hits.argmax(axis=1) + 1, 0)
 
 
-def ranking_metrics(ranked: np.ndarray, targets: np.ndarray, ks: Sequence[int] = DEFAULT_KS) -> dict[str, float]:
+def ranking_metrics(
+    ranked: np.ndarray,
+    targets: np.ndarray,
+    ks: Sequence[int] = DEFAULT_KS,
+    ties: tuple[np.ndarray, np.ndarray] | None = None,
+) -> dict[str, float]:
     """Means over users of `recall@k`, `ndcg@k` and `mrr@k`, and `mrr`, which is `mrr@k` at the largest k.
 
     With one target, recall is the hit rate, NDCG of a hit at rank r is 1 / log2(r + 1), and MRR's share is 1 / r.
+
+    Where a model cannot tell the target from other items, its rank is any place of theirs with equal probability, and each
+    metric is the expectation over these places (McSherry and Najork, ECIR 2008): a model that tells no items apart gets
+    what chance gets, whatever order its lists have.
 
     Args:
         ranked: int32 [U, K] item indices, best first, K at least the largest k; -1 is no item.
         targets: int32 [U] item indices.
         ks: cut-offs, 1 or more.
+        ties: int64 [U] place (from 1) of the first of the items that are tied with the target, itself among them, 0 where
+            the list can have none of them or not the target; and int64 [U] the number of these items, 1 or more. They take
+            places that follow one another, beyond the end of the list if need be. None: no target is tied.
 
     Raises: ValueError without users, or where a list is shorter than a cut-off: the metric would be silently capped.
     """
@@ -46,12 +58,16 @@ def ranking_metrics(ranked: np.ndarray, targets: np.ndarray, ks: Sequence[int] =
         raise ValueError("no users to evaluate")
     if not ks or min(ks) < 1 or max(ks) > longest:
         raise ValueError(f"the cut-offs {tuple(ks)} must lie between 1 and the length of the lists, {longest}")
-    place = np.maximum(ranks, 1)
+    first, tied = (ranks, np.ones_like(ranks)) if ties is None else ties
+    if first.shape != ranks.shape or tied.shape != ranks.shape or (first < 0).any() or (tied < 1).any():
+        raise ValueError("ties must be a place, 0 or more, and a number of items, 1 or more, for each user")
+    places = np.arange(1, longest + 1)
+    possible = (first > 0)[:, None] & (places >= first[:, None]) & (places < (first + tied)[:, None])
+    possible &= np.asarray(ranked) >= 0  # a list that ends early has no later places
+    gains = {"recall": np.ones(longest), "ndcg": 1 / np.log2(places + 1), "mrr": 1 / places}
     metrics: dict[str, float] = {}
     for k in sorted(set(ks)):
-        hit = (ranks > 0) & (ranks <= k)
-        metrics[f"recall@{k}"] = float(hit.mean())
-        metrics[f"ndcg@{k}"] = float((hit / np.log2(place + 1)).mean())
-        metrics[f"mrr@{k}"] = float((hit / place).mean())
+        for name, gain in gains.items():
+            metrics[f"{name}@{k}"] = float(((possible[:, :k] * gain[:k]).sum(axis=1) / tied).mean())
     metrics["mrr"] = metrics[f"mrr@{max(ks)}"]
     return metrics

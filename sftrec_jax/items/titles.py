@@ -14,7 +14,9 @@ from sftrec_jax.errors import UserError
 _DIGITS = re.compile(r"([0-9]+)")
 
 
-def distinct_titles(titles: Sequence[str] | np.ndarray, item_ids: Sequence[str] | np.ndarray) -> np.ndarray:
+def distinct_titles(
+    titles: Sequence[str] | np.ndarray, item_ids: Sequence[str] | np.ndarray, existing: Iterable[str] = ()
+) -> np.ndarray:
     """Titles made distinct by a number: the second `War of the Worlds (2005)` becomes `War of the Worlds (2005) [2]`.
 
     Titles that differ only in case or white space count as equal, since a person cannot tell them apart either. Among equal
@@ -24,6 +26,7 @@ def distinct_titles(titles: Sequence[str] | np.ndarray, item_ids: Sequence[str] 
     Args:
         titles: [n_items] texts.
         item_ids: [n_items] distinct ids.
+        existing: titles of other items, which keep theirs; an item with one of these gets a number.
 
     Returns: object [n_items] of str, in the order given; titles that were distinct are unchanged.
     """
@@ -32,11 +35,13 @@ def distinct_titles(titles: Sequence[str] | np.ndarray, item_ids: Sequence[str] 
     groups: dict[str, list[int]] = {}
     for i, title in enumerate(out):
         groups.setdefault(_normal(title), []).append(i)
-    taken = set(groups)
+    others = {_normal(str(title)) for title in existing}
+    taken = others | set(groups)
     # Sorted, so that a number passed over in one group does not depend on which group came first.
-    for key in sorted(k for k, members in groups.items() if len(members) > 1):
+    for key in sorted(k for k, members in groups.items() if len(members) > 1 or k in others):
         number = 1
-        for i in sorted(groups[key], key=lambda i: _natural(str(item_ids[i])))[1:]:
+        members = sorted(groups[key], key=lambda i: natural_key(str(item_ids[i])))
+        for i in members if key in others else members[1:]:
             number += 1
             while _normal(f"{key} [{number}]") in taken:
                 number += 1
@@ -143,7 +148,8 @@ def _words(text: str) -> str:
     return " ".join(sorted(re.findall(r"\w+", _normal(text))))
 
 
-def _natural(text: str) -> tuple[list[tuple[int, str]], str]:
+def natural_key(text: str) -> tuple[list[tuple[int, str]], str]:
+    """A key that sorts `9` before `10` and `<a_2>` before `<a_10>`."""
     # Digits compare as numbers: by length without leading zeros, then as text.
     parts = _DIGITS.split(text)
     return [(len(p.lstrip("0")), p.lstrip("0")) if i % 2 else (0, p) for i, p in enumerate(parts)], text

@@ -25,8 +25,8 @@ TRAINABLE = nnx.Any(LoRAParam, TokenRows)
 
 
 def trainable_filter(method: str) -> Any:
-    """The nnx filter of trained variables: adapters and token rows, or everything."""
-    return TRAINABLE if method == "lora" else nnx.Variable
+    """The nnx filter of trained variables: token rows, adapters and token rows, or everything."""
+    return {"rows": TokenRows, "lora": TRAINABLE, "full": nnx.Variable}[method]
 
 
 def adapter_spec(config: LoraConfig) -> AdapterSpec:
@@ -73,10 +73,19 @@ class Build:
 
 
 def make_build(model: ModelConfig, lora: LoraConfig, train: TrainConfig, arch: Architecture, codes: ItemCodes) -> Build:
-    """Puts the static parts together. Frozen weights are kept in the compute type, trained ones in float32."""
+    """Puts the static parts together. Frozen weights are kept in the compute type, trained ones in float32.
+
+    Raises: UserError for a method or a first stage that trains new token rows where the items have none.
+    """
+    if not codes.new_tokens and (train.method == "rows" or train.rows_first):
+        setting, other = ("method: rows", "method: lora") if train.method == "rows" else ("rows_first", "rows_first: 0")
+        raise UserError(
+            f"train.{setting} trains new token rows, but these items have none; use an items.tokenizer that adds tokens, such as "
+            f"atomic, or train.{other}"
+        )
     dtype, _ = compute_dtype(model)
     adapters = adapter_spec(lora) if train.method == "lora" else None
-    frozen = dtype if train.method == "lora" else jnp.dtype(jnp.float32)
+    frozen = jnp.dtype(jnp.float32) if train.method == "full" else dtype
     return Build(arch, adapters, tuple(int(i) for i in codes.new_token_ids), dtype, frozen, model.remat == "full")
 
 

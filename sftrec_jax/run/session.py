@@ -16,14 +16,14 @@ from sftrec_jax.data.dataset import Dataset
 from sftrec_jax.data.prepare import prepare_dataset
 from sftrec_jax.data.prompts import PromptBuilder, prompt_builder
 from sftrec_jax.errors import UserError
-from sftrec_jax.items.codes import ItemCodes, atomic_codes, title_codes
-from sftrec_jax.items.embed.collaborative import collaborative_vectors
-from sftrec_jax.items.titles import distinct_titles
+from sftrec_jax.items.codes import ItemCodes
 from sftrec_jax.model.decoder import Decoder
 from sftrec_jax.model.hub import BaseSource, load_tokenizer, resolve_base
 from sftrec_jax.model.load import Build, load_decoder, make_build, source_architecture, trainable_filter
 from sftrec_jax.model.sharding import make_mesh, named_arrays, with_arrays
 from sftrec_jax.run.folder import RunFolder, open_folder
+from sftrec_jax.run.naming import name_items
+from sftrec_jax.run.vectors import Vectoriser
 from sftrec_jax.train.checkpoint import Checkpoints
 
 if TYPE_CHECKING:
@@ -81,13 +81,15 @@ def _open(folder: RunFolder, config: RunConfig, dataset: Dataset, codes: ItemCod
             f"{source.label}: the tokenizer has {len(tokenizer)} tokens but the model only {arch.vocab_size} rows; "
             "set model.tokenizer to the model's own"
         )
+    mesh = make_mesh(config.mesh)
     if codes is None:
-        titles = distinct_titles(dataset.titles, dataset.item_ids)
-        if config.items.tokenizer == "atomic":
-            init = "mean" if config.items.init == "mean" else "text"
-            codes = atomic_codes(dataset.item_ids, titles, tokenizer, init)
-        else:
-            codes = title_codes(titles, tokenizer, config.items.max_title_tokens, dataset.item_ids)
+        # Here and not where a run is opened again: recommending works on any number of devices.
+        ways, rows = mesh.shape["data"] * mesh.shape["fsdp"], config.train.batch_rows
+        if rows % ways:
+            raise UserError(
+                f"train.batch_rows is {rows}, which data x fsdp = {ways} devices cannot divide; use {-(-rows // ways) * ways}"
+            )
+        codes = name_items(config, dataset, Vectoriser(config, source, tokenizer, mesh, folder.prepared))
         codes.save(folder.prepared)
     elif codes.new_tokens:
         from transformers import AddedToken
@@ -105,23 +107,9 @@ def _open(folder: RunFolder, config: RunConfig, dataset: Dataset, codes: ItemCod
         tokenizer=tokenizer,
         source=source,
         build=make_build(model, config.lora, config.train, arch, codes),
-        mesh=make_mesh(config.mesh),
+        mesh=mesh,
         prompts=prompt_builder(config.prompt, codes, tokenizer, context),
     )
-
-
-def _save_row_vectors(session: Session) -> None:
-    """Writes `prepared/item_vectors.npy`, float32 [n_new, E]: what `items.init: collaborative` adds to new token rows."""
-    items, codes = session.config.items, session.codes
-    if items.init != "collaborative" or not codes.new_tokens:
-        return
-    seed = session.config.train.seed
-    vectors = collaborative_vectors(session.dataset, items.collaborative_dim, items.collaborative_window, seed)
-    rows = np.zeros((len(codes.new_tokens), vectors.shape[1]), np.float32)
-    rows[np.searchsorted(codes.new_token_ids, codes.codes[:, 0])] = vectors * items.collaborative_scale  # one new token an item
-    temporary = session.folder.prepared / ".item_vectors.npy"
-    np.save(temporary, rows)
-    temporary.replace(session.folder.item_vectors)
 
 
 def prepare(folder: RunFolder, config: RunConfig) -> Session:
@@ -129,13 +117,6 @@ def prepare(folder: RunFolder, config: RunConfig) -> Session:
     dataset = prepare_dataset(config.data)
     dataset.save(folder.prepared)
     session = _open(folder, config, dataset, None)
-    # Here and not where a run is opened: recommending works on any number of devices.
-    ways, rows = session.mesh.shape["data"] * session.mesh.shape["fsdp"], config.train.batch_rows
-    if rows % ways:
-        raise UserError(
-            f"train.batch_rows is {rows}, which data x fsdp = {ways} devices cannot divide; use {-(-rows // ways) * ways}"
-        )
-    _save_row_vectors(session)
     lengths = np.diff(dataset.offsets)
     console.print(
         f"data: {len(dataset.user_ids):,} users, {len(dataset.item_ids):,} items, {len(dataset.items):,} interactions "

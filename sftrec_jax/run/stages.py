@@ -2,6 +2,7 @@
 
 import json
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +11,15 @@ import numpy as np
 from flax import nnx
 from jax.sharding import NamedSharding
 
+from sftrec_jax.config import TrainConfig
 from sftrec_jax.console import console
+from sftrec_jax.decode.groups import CodeGroups
 from sftrec_jax.decode.recommender import Ranking, Recommender
+from sftrec_jax.errors import UserError
 from sftrec_jax.evaluate.baselines import Markov, Popularity
 from sftrec_jax.evaluate.metrics import DEFAULT_KS, ranking_metrics
+from sftrec_jax.items.index_file import write_index
+from sftrec_jax.items.paths import codes_paths
 from sftrec_jax.model.cards import CardInfo
 from sftrec_jax.model.decoder import Decoder
 from sftrec_jax.model.export import export_adapter, export_merged
@@ -25,6 +31,7 @@ from sftrec_jax.run.tables import metrics_table, write_recommendations
 from sftrec_jax.train.batches import BatchPlan
 from sftrec_jax.train.calibrate import calibrate
 from sftrec_jax.train.loop import TrainResult, train
+from sftrec_jax.train.optimizer import rows_only_steps
 
 RECOMMENDED = 10
 """Items a user in recommendations.parquet."""
@@ -64,6 +71,8 @@ def train_stage(session: Session, resume: bool) -> TrainResult:
         f"batch: {t.accumulate} passes x {t.batch_rows} rows x {t.row_length} tokens = "
         f"{t.accumulate * t.batch_rows * t.row_length:,} positions a step; {plan.steps:,} steps, {t.epochs:g} epochs"
     )
+    if t.rows_first:
+        console.print(_when(t, plan.steps))
     console.print(f"files: {session.folder.path}")
     validator = _Validator(session, decoder)
     result = train(
@@ -75,6 +84,13 @@ def train_stage(session: Session, resume: bool) -> TrainResult:
         f"best validation NDCG@10 {result.best:.4f} at step {result.best_step}"
     )
     return result
+
+
+def _when(config: TrainConfig, steps: int) -> str:
+    """What is trained in which steps."""
+    until = rows_only_steps(config, steps)
+    rest = {"rows": "new token rows only", "lora": "adapters and new token rows", "full": "everything"}[config.method]
+    return (f"steps 1-{until} train new token rows only, " if until else "") + f"steps {until + 1}-{steps} train {rest}"
 
 
 class _Validator:
@@ -92,7 +108,8 @@ class _Validator:
         self.recommender.update(decoder)
         k = min(self.session.config.decode.top_k, len(self.session.dataset.item_ids))
         ranking = self.recommender.rank(self.asked.prompts, self.asked.histories, k)
-        return {**_metrics(ranking.items, self.asked.targets), "users": float(len(self.users))}
+        metrics = _metrics(ranking.items, self.asked.targets, self.recommender.groups, self.asked.histories)
+        return {**metrics, "users": float(len(self.users))}
 
 
 class _Asked:
@@ -112,11 +129,15 @@ def _draw(users: np.ndarray, count: int | None, session: Session) -> np.ndarray:
     return np.sort(np.random.default_rng(session.config.train.seed).permutation(users)[:count])
 
 
-def _metrics(items: np.ndarray, targets: np.ndarray) -> dict[str, float]:
+def _metrics(
+    items: np.ndarray, targets: np.ndarray, groups: CodeGroups | None = None, exclude: Sequence[np.ndarray] | None = None
+) -> dict[str, float]:
+    """Metrics of lists; with `groups` items that share a code are tied. `exclude`: what was left out of each list."""
+    ties = groups.ties(items, targets, exclude) if groups is not None and groups.shared else None
     padded = np.full((len(items), max(DEFAULT_KS)), -1, np.int32)
     width = min(items.shape[1], padded.shape[1])
     padded[:, :width] = items[:, :width]
-    return ranking_metrics(padded, targets)
+    return ranking_metrics(padded, targets, ties=ties)
 
 
 def evaluate_stage(session: Session, decoder: Decoder, step: int) -> dict[str, Any]:
@@ -132,13 +153,17 @@ def evaluate_stage(session: Session, decoder: Decoder, step: int) -> dict[str, A
     masked, unmasked = recommender.rank_both(asked.prompts, asked.histories, k, _progress("evaluating", len(users)))
     tested = len(with_target)
     targets, histories = asked.targets[:tested], asked.histories[:tested]
-    rows = {"model": (masked.items[:tested], unmasked.items[:tested])}
+    groups = recommender.groups
+    rows: dict[str, tuple[np.ndarray, np.ndarray, CodeGroups | None]] = {
+        "model": (masked.items[:tested], unmasked.items[:tested], groups)
+    }
     fit = (dataset.offsets, dataset.items, dataset.train_end, len(dataset.item_ids))
     for name, baseline in (("popularity", Popularity.fit(*fit)), ("markov", Markov.fit(*fit))):
-        rows[name] = (baseline.rank(histories, k, True), baseline.rank(histories, k, False))
+        rows[name] = (baseline.rank(histories, k, True), baseline.rank(histories, k, False), None)
     result: dict[str, Any] = {
-        name: _metrics(seen_masked, targets) | {f"{key}_unmasked": v for key, v in _metrics(plain, targets).items()}
-        for name, (seen_masked, plain) in rows.items()
+        name: _metrics(seen_masked, targets, tied, histories)
+        | {f"{key}_unmasked": v for key, v in _metrics(plain, targets, tied).items()}
+        for name, (seen_masked, plain, tied) in rows.items()
     } if tested else {name: {} for name in rows}  # fmt: skip
     sample = _draw(np.arange(len(users)), config.evaluate.unconstrained_users, session)
     rate = None
@@ -153,6 +178,8 @@ def evaluate_stage(session: Session, decoder: Decoder, step: int) -> dict[str, A
         "items": len(dataset.item_ids),
         "seconds_evaluating": round(time.monotonic() - begin, 1),
     }
+    if groups.shared:
+        result["items_sharing_a_code"] = groups.shared
     write_json(session.folder.metrics, result)
     top = min(RECOMMENDED, k)
     write_recommendations(
@@ -163,6 +190,8 @@ def evaluate_stage(session: Session, decoder: Decoder, step: int) -> dict[str, A
         Ranking(masked.items[:, :top], masked.scores[:, :top]),
     )
     console.print(metrics_table(result))
+    if groups.shared:
+        console.print(f"{groups.shared:,} items share a code with others; the ranks of these are expected ones")
     if rate is not None:
         console.print(
             f"without the constraint {rate:.1%} of the top {most} ({len(sample)} users) would be no item; with it, none is"
@@ -214,6 +243,14 @@ def export_to(session: Session, decoder: Decoder, command: str, out: Path, form:
     console.print(
         f"export: {report.folder} ({form}, {report.bytes / 1e6:.0f} MB, {report.vocab_size:,} token rows, {report.dtype}){change}"
     )
+
+
+def export_index(session: Session, out: Path, overwrite: bool) -> None:
+    """Writes the items' tokens as `index.json`, keyed by item id."""
+    if not out.parent.is_dir():
+        raise UserError(f"{out}: there is no folder {out.parent}; make it or choose another place")
+    write_index(out, codes_paths(session.codes), session.dataset.item_ids, overwrite)
+    console.print(f"export: {out} (tokens of {len(session.codes.codes):,} items)")
 
 
 def export_stage(session: Session, decoder: Decoder, command: str, overwrite: bool) -> None:

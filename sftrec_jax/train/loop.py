@@ -19,7 +19,7 @@ from sftrec_jax.model.sharding import named_arrays
 from sftrec_jax.train.batches import BatchPlan
 from sftrec_jax.train.checkpoint import BEST_METRIC, Checkpoints
 from sftrec_jax.train.metrics import JsonLines, TrainProgress
-from sftrec_jax.train.optimizer import make_optimizer, schedule
+from sftrec_jax.train.optimizer import is_rows, learning_rates, make_optimizer, rows_only_steps
 from sftrec_jax.train.step import TrainState, init_state, make_train_step, shard_batches
 
 Validate = Callable[[dict[str, jax.Array]], dict[str, float]]
@@ -53,7 +53,8 @@ def train(
     """Trains to `plan.steps` and keeps checkpoints in `folder/checkpoints`, records in `folder/metrics.jsonl`.
 
     `validate` takes the trained arrays by name and returns ranking metrics, `ndcg@10` among them. With `resume` it goes on
-    from the newest checkpoint, or begins where there is none.
+    from the newest checkpoint, or begins where there is none. With `train.rows_first` the first steps train new token rows
+    only; the state is one throughout, so a run is resumed on either side of the switch.
     """
     config, steps = plan.config, plan.steps
     optimizer = make_optimizer(config, steps)
@@ -66,10 +67,14 @@ def train(
         console.print(f"resumed from step {first} of {steps}")
     first = first or 0
     records = JsonLines(folder / "metrics.jsonl", first if resume else None)
-    step_fn = make_train_step(graphdef, template, optimizer, config.seed if dropout else None, state)
+    dropout_seed = config.seed if dropout else None
+    step_all = make_train_step(graphdef, template, optimizer, dropout_seed, state)
+    step_rows, rows_until = step_all, rows_only_steps(config, steps)
+    if first < rows_until:
+        rows = [name for name in state.trained if is_rows(name)]
+        step_rows = make_train_step(graphdef, template, make_optimizer(config, steps, True), dropout_seed, state, rows)
     # All rates beforehand: computing one in the loop would queue behind the step that was just launched.
-    peaks = {"learning_rate": config.learning_rate, "rows_learning_rate": config.rows_learning_rate or config.learning_rate}
-    rates = {name: np.asarray(jax.vmap(schedule(peak, steps, config))(np.arange(steps))) for name, peak in peaks.items()}
+    rates = learning_rates(config, steps)
     every = config.validate_every or max(1, -(-steps // 4))
     begin, validating, totals = time.monotonic(), 0.0, np.zeros(2)
 
@@ -99,6 +104,7 @@ def train(
         batches = plan.iterate(first)
         noted = time.monotonic()
         for step in range(first + 1, steps + 1):
+            step_fn = step_rows if step <= rows_until else step_all
             state, metrics = step_fn(state, frozen, shard_batches(next(batches), mesh))
             if pending:  # the numbers of a step are fetched after the next one has been launched
                 noted = note(*pending, noted, progress)

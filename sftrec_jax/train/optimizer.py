@@ -1,8 +1,10 @@
-"""optax AdamW with warm-up and cosine; token rows and adapters may have different peak rates."""
+"""optax AdamW with warm-up and cosine; token rows and adapters may have different peak rates and starts."""
 
 from collections.abc import Hashable
 from typing import Any
 
+import jax
+import numpy as np
 import optax
 
 from sftrec_jax.config import TrainConfig
@@ -21,26 +23,67 @@ def schedule(peak: float, steps: int, config: TrainConfig) -> optax.Schedule:
     )
 
 
+def rows_only_steps(config: TrainConfig, steps: int) -> int:
+    """Steps, from the first, in which only new token rows are trained: `train.rows_first` of `steps`, rounded.
+
+    At least one step is left to the rest, so that a run ends with what it was configured to train. 0 with method `rows`,
+    which trains nothing else in any step.
+    """
+    return 0 if config.method == "rows" else min(round(config.rows_first * steps), steps - 1)
+
+
+def learning_rates(config: TrainConfig, steps: int) -> dict[str, np.ndarray]:
+    """The rates of every step, float32 [steps]: `learning_rate` (0 while only rows are trained) and `rows_learning_rate`."""
+    rows_only = steps if config.method == "rows" else rows_only_steps(config, steps)
+
+    def rates(peak: float, count: int) -> np.ndarray:
+        return np.asarray(jax.vmap(schedule(peak, count, config))(np.arange(count))) if count else np.zeros(0, np.float32)
+
+    return {
+        "learning_rate": np.concatenate([np.zeros(rows_only, np.float32), rates(config.learning_rate, steps - rows_only)]),
+        "rows_learning_rate": rates(config.rows_learning_rate or config.learning_rate, steps),
+    }
+
+
+def is_rows(name: str) -> bool:
+    """Whether an array, by its path name, holds new token rows."""
+    return name.endswith("/rows")
+
+
 def _labels(trained: dict[str, Any]) -> dict[str, str]:
     def label(name: str) -> str:
-        if name.endswith("/rows"):
+        if is_rows(name):
             return "rows"
         return "norms" if name.endswith("norm/weight") else "matrices"
 
     return {name: label(name) for name in trained}
 
 
-def make_optimizer(config: TrainConfig, steps: int) -> optax.GradientTransformation:
-    """Clipping by global norm, then AdamW: one rate for token rows, one for the rest; rows and norms never decay."""
-    rows_peak = config.rows_learning_rate or config.learning_rate
+def make_optimizer(config: TrainConfig, steps: int, rows_only: bool = False) -> optax.GradientTransformation:
+    """Clipping by global norm, then AdamW: one rate for token rows, one for the rest; rows and norms never decay.
 
-    def adamw(peak: float, decay: float) -> optax.GradientTransformation:
+    With `train.rows_first` the rest has a warm-up and a cosine of its own over the steps that rows_only_steps leaves. Until
+    then the optimizer with `rows_only` is used: its state has the same structure, but what belongs to the rest (moments and
+    counts) stays at its start, and of gradients it takes the rows' with `optax.MaskedNode()` in the place of others.
+    """
+    rows_peak = config.rows_learning_rate or config.learning_rate
+    late = steps - rows_only_steps(config, steps)
+
+    def adamw(peak: float, decay: float, steps: int) -> optax.GradientTransformation:
         return optax.adamw(schedule(peak, steps, config), config.beta1, config.beta2, weight_decay=decay)
 
+    def rest(decay: float) -> optax.GradientTransformation:
+        moving = adamw(config.learning_rate, decay, late)
+        return optax.GradientTransformation(moving.init, _nothing) if rows_only else moving
+
     rates: dict[Hashable, optax.GradientTransformation] = {
-        "matrices": adamw(config.learning_rate, config.weight_decay),
-        "norms": adamw(config.learning_rate, 0.0),
-        "rows": adamw(rows_peak, 0.0),
+        "matrices": rest(config.weight_decay),
+        "norms": rest(0.0),
+        "rows": adamw(rows_peak, 0.0, steps),
     }
     clip = optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity()
     return optax.chain(clip, optax.partition(rates, _labels))
+
+
+def _nothing(updates: optax.Updates, state: optax.OptState, params: optax.Params | None = None) -> tuple[Any, Any]:
+    return updates, state

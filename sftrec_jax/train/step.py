@@ -1,6 +1,6 @@
 """One pure training step: (trained variables, optimizer state) and a stack of packed batches in, new state and metrics out."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any, NamedTuple, cast
 
 import jax
@@ -42,40 +42,46 @@ def make_train_step(
     optimizer: optax.GradientTransformation,
     dropout_seed: int | None,
     like: TrainState,
+    only: Collection[str] | None = None,
 ) -> Callable[[TrainState, nnx.State, PackedBatch], tuple[TrainState, dict[str, jax.Array]]]:
     """The jitted step (state, frozen, batches) -> (state, metrics); `state` is donated.
 
     `template` is a state with the structure of the trained variables. New states lie where the arrays of `like` lie: left
-    to XLA they would be written down otherwise, and the second step compiled again.
+    to XLA they would be written down otherwise, and the second step compiled again. `only`: names of the arrays that the
+    step trains, None for all; of the others no gradient is computed, and `optimizer` gets `optax.MaskedNode()` for them.
 
     `batches` holds arrays [A, B, ...]: A passes whose gradients are added before one update. The loss is normalised
     over all target tokens of the A passes, so passes of unequal size weigh by their tokens. Metrics, float32 scalars:
     `loss` (nats a target token), `grad_norm` (before clipping), `targets`, `tokens` (without padding).
     """
 
-    def total_loss(trained: dict[str, jax.Array], frozen: nnx.State, batch: PackedBatch, key: jax.Array | None) -> jax.Array:
-        return target_loss(nnx.merge(graphdef, with_arrays(template, trained), frozen), batch, key)
-
     def step(state: TrainState, frozen: nnx.State, batches: PackedBatch) -> tuple[TrainState, dict[str, jax.Array]]:
         passes = batches.tokens.shape[0]
         keys = None
         if dropout_seed is not None:
             keys = jax.random.split(jax.random.fold_in(jax.random.key(dropout_seed), state.step), passes)
+        moving = {name: value for name, value in state.trained.items() if only is None or name in only}
+
+        def total_loss(moving: dict[str, jax.Array], batch: PackedBatch, key: jax.Array | None) -> jax.Array:
+            return target_loss(nnx.merge(graphdef, with_arrays(template, state.trained | moving), frozen), batch, key)
 
         def add(carry: Any, scanned: tuple[PackedBatch, jax.Array | None]) -> tuple[Any, None]:
-            value, gradient = jax.value_and_grad(total_loss)(state.trained, frozen, *scanned)
+            value, gradient = jax.value_and_grad(total_loss)(moving, *scanned)
             return (carry[0] + value, jax.tree.map(jnp.add, carry[1], gradient)), None
 
-        zero = (jnp.zeros((), jnp.float32), jax.tree.map(jnp.zeros_like, state.trained))
+        zero = (jnp.zeros((), jnp.float32), jax.tree.map(jnp.zeros_like, moving))
         if passes == 1:
             key = None if keys is None else keys[0]
-            loss, gradient = jax.value_and_grad(total_loss)(state.trained, frozen, jax.tree.map(lambda x: x[0], batches), key)
+            loss, gradient = jax.value_and_grad(total_loss)(moving, jax.tree.map(lambda x: x[0], batches), key)
         else:
             (loss, gradient), _ = jax.lax.scan(add, zero, (batches, keys))
         targets = jnp.sum(batches.weights)
         gradient = jax.tree.map(lambda g: g / targets, gradient)
-        updates, optimizer_state = optimizer.update(gradient, state.optimizer, state.trained)
-        trained = cast(dict[str, jax.Array], optax.apply_updates(state.trained, updates))
+        masked = {name: gradient.get(name, optax.MaskedNode()) for name in state.trained}
+        updates, optimizer_state = optimizer.update(masked, state.optimizer, state.trained)
+        updates = cast(dict[str, jax.Array], updates)
+        moved = cast(dict[str, jax.Array], optax.apply_updates(moving, {name: updates[name] for name in moving}))
+        trained = state.trained | moved
         metrics = {
             "loss": loss / targets,
             "grad_norm": optax.tree.norm(gradient),

@@ -6,7 +6,10 @@ Shapes: n items, E dimensions of an item vector, D of the space that is quantise
 from __future__ import annotations
 
 import io
+import os
+import struct
 import zipfile
+import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +21,9 @@ from sftrec_jax.errors import UserError
 
 CHUNK = 16_384
 """Items whose distances to all codes are held at once."""
+
+_UNREADABLE = (OSError, EOFError, KeyError, TypeError, ValueError, RuntimeError, struct.error, zlib.error, zipfile.BadZipFile)
+"""What numpy and zipfile raise for a file that is not there, cut off, or has wrong bytes."""
 
 Layer = tuple[np.ndarray, np.ndarray]
 """Weight float32 [in, out] and bias float32 [out]."""
@@ -39,12 +45,20 @@ class Quantiser:
     decoder: tuple[Layer, ...] = ()
     """Layers from D back to E with ReLU between them; () is the identity."""
     prices: tuple[np.ndarray, ...] = ()
-    """float32 [K_l] for each level, added to the squared distances so that codes are used evenly; () stands for zeros."""
+    """float32 [K_l] for each level, added to the squared distances so that codes are used evenly; infinite for a code that is
+    never used. () stands for zeros."""
 
     @property
     def sizes(self) -> tuple[int, ...]:
         """K_l of each level."""
         return tuple(len(book) for book in self.books)
+
+    @property
+    def width(self) -> int:
+        """E, dimensions of an item vector."""
+        if self.encoder:
+            return self.encoder[0][0].shape[0]
+        return self.books[0].shape[1] if self.kind == "residual" else sum(book.shape[1] for book in self.books)
 
     def encode(self, vectors: np.ndarray) -> np.ndarray:
         """The cheapest code at each level in turn: float32 [n, E] to int32 [n, L]."""
@@ -74,9 +88,18 @@ class Quantiser:
         """The vectors in the space that is quantised: float32 [n, E] to [n, D]."""
         return apply_layers(self.encoder, vectors)
 
+    def distances(self, vectors: np.ndarray, levels: np.ndarray) -> np.ndarray:
+        """Squared distance, in the space that is quantised, of float32 [n, E] to what int32 [n, L] stand for: float32 [n]."""
+        out = np.zeros(len(vectors), np.float32)
+        for rows in _chunks(len(vectors)):
+            out[rows] = np.square(self.project(vectors[rows]) - self._join(levels[rows], len(self.books))).sum(1)
+        return out
+
     def reconstruct(self, levels: np.ndarray, count: int | None = None) -> np.ndarray:
         """Vectors float32 [n, E] from the first `count` levels (None: all) of int32 [n, L]."""
-        count = len(self.books) if count is None else count
+        return apply_layers(self.decoder, self._join(levels, len(self.books) if count is None else count))
+
+    def _join(self, levels: np.ndarray, count: int) -> np.ndarray:
         if self.kind == "residual":
             total = np.zeros((len(levels), self.books[0].shape[1]), np.float32)
             for level in range(count):
@@ -88,47 +111,52 @@ class Quantiser:
                 for level, book in enumerate(self.books)
             ]
             total = np.concatenate(parts, axis=1)
-        return apply_layers(self.decoder, total)
+        return total
 
     def level_errors(self, vectors: np.ndarray, levels: np.ndarray) -> np.ndarray:
         """Mean squared error of the reconstruction from the first l levels over the vectors' variance, float64 [L]."""
-        spread = float(np.square(vectors - vectors.mean(0)).sum(dtype=np.float64))
-        errors = np.zeros(len(self.books))
+        mean = vectors.mean(0, dtype=np.float64)
+        spread, errors = 0.0, np.zeros(len(self.books))
         for rows in _chunks(len(vectors)):
+            spread += float(np.square(vectors[rows] - mean).sum())
             for level in range(len(self.books)):
                 difference = vectors[rows] - self.reconstruct(levels[rows], level + 1)
                 errors[level] += float(np.square(difference).sum(dtype=np.float64))
         return errors / max(spread, 1e-30)
 
     def save(self, path: Path) -> None:
-        """Writes an `.npz` file."""
+        """Writes an `.npz` file: the arrays, `kind`, and `names` that lists the arrays."""
         arrays = {f"book_{i}": book for i, book in enumerate(self.books)}
         arrays |= {f"price_{i}": price for i, price in enumerate(self.prices)}
         for name, layers in (("encoder", self.encoder), ("decoder", self.decoder)):
             for i, (weight, bias) in enumerate(layers):
                 arrays |= {f"{name}_{i}_weight": weight, f"{name}_{i}_bias": bias}
+        arrays = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
+        names = np.array(sorted(arrays))
         buffer = io.BytesIO()
-        np.savez(buffer, kind=np.array(self.kind), **{k: np.ascontiguousarray(v) for k, v in arrays.items()})  # pyright: ignore[reportArgumentType]
-        temporary = path.with_name(f".{path.name}")
+        np.savez(buffer, kind=np.array(self.kind), names=names, **arrays)  # pyright: ignore[reportArgumentType]
+        temporary = path.with_name(f".{path.name}.{os.getpid()}")
         temporary.write_bytes(buffer.getvalue())
-        temporary.replace(path)
+        os.replace(temporary, path)
 
     @classmethod
     def load(cls, path: Path) -> Quantiser:
         """Reads what `save` wrote; UserError where it is missing or damaged."""
         try:
-            with np.load(path, allow_pickle=False) as data:
+            with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as data:
                 arrays = {name: data[name] for name in data.files}
-            kind = str(arrays["kind"])
-            assert kind in ("residual", "product")
+            kind, names = str(arrays.pop("kind")), arrays.pop("names").tolist()
+            # An entry whose name in the file is damaged would otherwise count as a level less.
+            if kind not in ("residual", "product") or names != sorted(arrays):
+                raise ValueError
             return cls(
-                kind,  # pyright: ignore[reportArgumentType]
+                kind,
                 tuple(_numbered(arrays, "book_{}")),
                 _layers(arrays, "encoder"),
                 _layers(arrays, "decoder"),
                 tuple(_numbered(arrays, "price_{}")),
             )
-        except (OSError, KeyError, ValueError, AssertionError, zipfile.BadZipFile):
+        except _UNREADABLE:
             raise UserError(f"{path}: the item quantiser is missing or damaged; run `sftrec prepare` again") from None
 
     def _costs(self, rest: np.ndarray, level: int) -> np.ndarray:
@@ -147,6 +175,9 @@ class Quantiser:
 
 def squared_distances(points: np.ndarray, centres: np.ndarray) -> np.ndarray:
     """float32 [n, K] between float32 [n, D] and [K, D], not below 0."""
+    # Around the centres' mean: a component that all vectors share would leave float32 few digits for the differences.
+    middle = centres.mean(0)
+    points, centres = points - middle, centres - middle
     cross = points @ centres.T
     square = np.square(points).sum(1)[:, None] + np.square(centres).sum(1)
     return np.maximum(square - 2 * cross, 0.0)
