@@ -272,7 +272,7 @@ class TrainConfig:
     accumulate: int = 1
     """Passes per optimizer step, weighted by their target tokens."""
     learning_rate: float = 2e-4
-    """Peak learning rate of the adapters (or of everything with method full)."""
+    """Peak learning rate of the adapters (method lora) or of everything (full)."""
     rows_learning_rate: float | None = None
     """Peak learning rate of new token rows; null: `learning_rate`."""
     warmup_fraction: float = 0.05

@@ -240,6 +240,41 @@ def test_new_items_are_named_without_training(tmp_path: Path, capsys: pytest.Cap
     assert codes_of(run).codes.shape == extended.codes.shape
 
 
+@pytest.mark.parametrize("kind", ["title", "lm", "file and co-occurrence", "lists"])
+def test_new_items_of_a_prepared_run(tmp_path: Path, kind: str, capsys: pytest.CaptureFixture[str]) -> None:
+    given = vectors()
+    options = {
+        "title": ["--items.tokenizer", "title"],
+        "lm": ["--items.tokenizer", "rqvae", "--embedding.text", "lm"],
+        "file and co-occurrence": [
+            *FROM_FILE, npy(tmp_path, given), "--embedding.collaborative", "ppmi", "--embedding.collaborative-weight", "1e-3",
+        ],
+        "lists": ["--items.tokenizer", "opq", "--semantic.collisions", "lists"],
+    }[kind]  # fmt: skip
+    status, out = prepare(tmp_path, *options)
+    assert status == 0
+    before = codes_of(out)
+    write_lines(tmp_path / "new.csv", ["item_id,title", f"i02,{TITLES['i02']}", f"n1,{TITLES['i04']}", "n2,A ship"])
+    add = ["add-items", str(out), "--catalogue", str(tmp_path / "new.csv")]
+    if kind.startswith("file"):
+        assert main(add) == 2 and "--vectors" in error_line(capsys)
+        np.save(tmp_path / "more.npy", np.stack([given[2], given[4], -given[4]]))
+        add += ["--vectors", str(tmp_path / "more.npy")]
+    assert main(add) == 0
+    after = codes_of(out)
+    assert len(after.codes) == 32 and after.new_tokens == before.new_tokens
+    width = before.codes.shape[1]
+    np.testing.assert_array_equal(after.codes[:30, :width], before.codes)
+    assert after.titles[30] == f"{TITLES['i04']} [2]" and after.titles[31] == "A ship"
+    if kind == "lists":  # the same text, the same code
+        np.testing.assert_array_equal(after.codes[30], before.codes[4])
+    else:
+        assert distinct(after) == 32
+    if kind in ("lm", "file and co-occurrence"):
+        np.testing.assert_array_equal(after.codes[30, :2], before.codes[4, :2])
+    assert sorted(p.name for p in out.iterdir()) == ["config.yaml", "prepared"]
+
+
 def test_atomic_ids_cannot_name_new_items(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     status, out = prepare(tmp_path)
     assert status == 0

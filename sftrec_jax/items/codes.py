@@ -19,7 +19,7 @@ FORMAT_VERSION = 1
 
 @dataclass(frozen=True, eq=False)
 class ItemCodes:
-    """Tokens of every item. No item's tokens begin another's, so a decoder knows where an item ends.
+    """Tokens of every item. No item's tokens begin another's, so a decoder knows where an item ends; items may share all tokens.
 
     Raises ValueError where the arrays break these rules.
     """

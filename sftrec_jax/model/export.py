@@ -131,7 +131,7 @@ def export_adapter(
     decoder has no adapters.
     """
     if build.adapters is None:
-        raise UserError("there is no adapter to export: train.method is full; export the merged model instead")
+        raise UserError("there is no adapter to export: only train.method: lora makes one; export the merged model instead")
     _check_tokenizer(tokenizer, codes)
     out = check_target(out, overwrite)
     size, base_size = exported_vocab_size(build), build.arch.vocab_size

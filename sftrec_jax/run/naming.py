@@ -62,6 +62,8 @@ def name_items(config: RunConfig, dataset: Dataset, vectoriser: Vectoriser) -> I
         save_array(folder / LEVELS_FILE, semantic.levels)
         codes = path_codes(level_tokens(semantic.levels), titles, ids, tokenizer, init, _all_tokens(semantic))
         _report(config, folder, semantic.report, {"moved_to_a_free_code": semantic.moved})
+    shared = len(ids) - len(np.unique(codes.codes, axis=0))
+    assert not shared or config.semantic.collisions == "lists"  # ItemCodes allows it, only `lists` asks for it
     rows = _row_vectors(config, dataset, codes, semantic, vectors)
     if rows is not None:
         save_array(folder / ROWS_FILE, rows)

@@ -93,7 +93,7 @@ class Vectoriser:
         arch = source_architecture(self.source)
         # A base without item tokens or adapters: the codes only say that there are none.
         nothing = ItemCodes(np.zeros((1, 1), np.int32), (), np.zeros(0, np.int32), (), np.array([""], object))
-        build = make_build(self.config.model, self.config.lora, TrainConfig(method="rows"), arch, nothing)
+        build = make_build(self.config.model, self.config.lora, TrainConfig(method="full"), arch, nothing)
         decoder = load_decoder(build, self.source, nothing, self.mesh, 0, False)
         tokens = [np.asarray(ids, np.int32) for ids in TitleEncoder(self.tokenizer)(texts)]
         console.print(f"item vectors: {len(texts):,} texts through {self.source.label}")
