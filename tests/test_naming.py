@@ -273,6 +273,11 @@ def test_new_items_of_a_prepared_run(tmp_path: Path, kind: str, capsys: pytest.C
     if kind in ("lm", "file and co-occurrence"):
         np.testing.assert_array_equal(after.codes[30, :2], before.codes[4, :2])
     assert sorted(p.name for p in out.iterdir()) == ["config.yaml", "prepared"]
+    if kind == "title":  # a stop between the two renames leaves the old folder, and the next command puts it back
+        (out / "prepared").rename(out / ".prepared.old")
+        assert main(["export", str(out), "--to", str(tmp_path / "i.json"), "--format", "index"]) == 2
+        assert "tokens of the base model" in error_line(capsys)
+        assert len(codes_of(out).codes) == 32
 
 
 def test_atomic_ids_cannot_name_new_items(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -66,7 +66,7 @@ def add_items(session: Session, path: Path, vectors: Path | None) -> NewItems:
     except BaseException:
         shutil.rmtree(fresh, ignore_errors=True)
         raise
-    old = prepared.with_name(".prepared.old")
+    old = session.folder.replaced
     shutil.rmtree(old, ignore_errors=True)
     prepared.rename(old)
     fresh.rename(prepared)

@@ -37,6 +37,11 @@ class RunFolder:
         return self.path / "prepared"
 
     @property
+    def replaced(self) -> Path:
+        """`prepared` as it was, for the moment in which `add-items` puts another in its place."""
+        return self.path / ".prepared.old"
+
+    @property
     def item_vectors(self) -> Path:
         """Added to the first values of new token rows (`items.init: collaborative`)."""
         return self.path / "prepared" / "item_vectors.npy"

@@ -136,6 +136,8 @@ def prepare(folder: RunFolder, config: RunConfig) -> Session:
 def open_session(path: Path) -> Session:
     """Opens a prepared run."""
     folder = open_folder(path)
+    if folder.replaced.exists() and not folder.prepared.exists():
+        folder.replaced.rename(folder.prepared)  # `add-items` was stopped between its two renames
     if not (folder.prepared / "item_codes.json").exists():
         raise UserError(f"{path}: is not prepared; run `sftrec prepare CONFIG --out {path}`")
     return _open(folder, load_config(folder.config), Dataset.load(folder.prepared), ItemCodes.load(folder.prepared))
