@@ -264,7 +264,7 @@ class TrainConfig:
     epochs: float = 1.0
     """Passes over the training examples."""
     max_steps: int | None = None
-    """Stop after this many optimizer steps; null: as `epochs` says."""
+    """At most this many optimizer steps, however many `epochs` would make; null: as `epochs` says."""
     row_length: int = 512
     """Tokens in a packed row (T)."""
     batch_rows: int = 4

@@ -157,7 +157,7 @@ def test_full_fine_tuning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     case = make_case(save_llama(tmp_path / "base", 2, False, 512), None)
     names = run_readme(merged(case, tmp_path / "out").folder, monkeypatch)
     check(case, names["model"], names["tokenizer"])
-    with pytest.raises(UserError, match=r"train\.method is full"):
+    with pytest.raises(UserError, match=r"only train\.method: lora makes one"):
         adapter(case, tmp_path / "adapter")
     assert not (tmp_path / "adapter").exists()
 

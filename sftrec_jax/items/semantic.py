@@ -19,9 +19,6 @@ from sftrec_jax.items.quantise.rqvae import fit_rqvae
 
 Method = Literal["rqvae", "rqkmeans", "pq", "opq"]
 
-SPARE = 16
-"""Numbers of the extra level beyond those in use: new items may collide with old ones."""
-
 Progress = Callable[[str], None]
 """Called with a line of text now and then."""
 
@@ -52,7 +49,7 @@ def semantic_ids(
     report = codebook_report(raw, quantiser.sizes, quantiser.level_errors(vectors, raw))
     if config.collisions == "extra":
         levels = resolve_extra(raw, item_ids)
-        return SemanticIds(quantiser, levels, int(levels[:, -1].max()) + 1 + SPARE, report, 0)
+        return SemanticIds(quantiser, levels, int(levels[:, -1].max()) + 1, report, 0)
     if config.collisions == "nearest":
         levels, moved = resolve_nearest(raw, quantiser, vectors, item_ids)
         return SemanticIds(quantiser, levels, 0, report, moved)

@@ -95,16 +95,11 @@ def _codes(session: Session, new: NewItems, path: Path, vectors: Path | None, fo
     own = None if vectors is None else load_vectors(vectors, int(new.text.rows.max()) + 1)[new.text.rows]
     x = vectoriser.extend(new.text.texts.tolist(), quantiser.width, own)
     levels = np.load(folder / LEVELS_FILE)
-    extra = _extra_size(session.codes, len(quantiser.books))
-    added = extend_codes(levels, config.semantic.collisions, quantiser, x, new.item_ids, extra)
+    # Numbers of the extra level that the run's items carry: a token that no item had in training would rank its item last.
+    numbers = int(levels[:, -1].max()) + 1
+    added = extend_codes(levels, config.semantic.collisions, quantiser, x, new.item_ids, numbers)
     save_array(folder / LEVELS_FILE, np.concatenate([levels, added]))
     return extend_paths_codes(session.codes, level_tokens(added), new.titles, new.item_ids)
-
-
-def _extra_size(codes: ItemCodes, levels: int) -> int:
-    """Numbers of the extra level that have a token."""
-    prefix = level_tokens(np.zeros((1, levels + 1), np.int32))[0][levels][:-2]  # "<d_0>" to "<d_"
-    return sum(name.startswith(prefix) for name in codes.new_tokens)
 
 
 def _dataset(dataset: Dataset, new: NewItems) -> Dataset:

@@ -111,7 +111,7 @@ def _from_file(config: RunConfig, dataset: Dataset, titles: np.ndarray, vectoris
             f"{path}: {report.colliding_items} items share a code, and imported codes have no codebook to find the nearest "
             "free one; set semantic.collisions: extra or lists"
         )
-    if config.semantic.collisions == "extra":
+    if config.semantic.collisions == "extra" and report.colliding_items:
         place = max(map(len, paths))
         extra = np.full((len(paths), place + 1), 0, np.int32)
         extra[:, place] = resolve_extra(levels, dataset.item_ids)[:, -1]
