@@ -22,7 +22,7 @@ import numpy as np
 from sftrec_jax.config import RunConfig
 from sftrec_jax.config_file import load_config, parse_config, to_dict
 from sftrec_jax.errors import UserError
-from sftrec_jax.run import stages
+from sftrec_jax.run import evaluation, stages
 from sftrec_jax.run.folder import RunFolder
 from sftrec_jax.run.session import Session, prepare
 
@@ -88,7 +88,7 @@ def measure(name: str, base: RunConfig, minutes: float, folder: Path) -> dict[st
     run = with_steps(session, folder / "run", steps)
     result = stages.train_stage(run, False)
     decoder, step = run.trained_decoder()
-    metrics = stages.evaluate_stage(run, decoder, step)
+    metrics = evaluation.evaluate_stage(run, decoder, step)
     return {
         "ndcg@10": round(metrics["model"]["ndcg@10"], 4),
         "recall@10": round(metrics["model"]["recall@10"], 4),

@@ -1,10 +1,7 @@
 """The command line: `sftrec VERB ...`. Verbs only; the work is in the rooms."""
 
 import argparse
-import contextlib
 import dataclasses
-import difflib
-import io
 import json
 import os
 import sys
@@ -17,11 +14,10 @@ from sftrec_jax import __version__
 from sftrec_jax.errors import UserError
 
 if TYPE_CHECKING:
-    from sftrec_jax.config import RunConfig
-
-RUN_OPTIONS = ("--out", "--overwrite", "--resume", "--help-config")
+    from sftrec_jax.run.session import Session
 
 OVERRIDES = "Any field of the config can be changed: --train.epochs 2 --items.tokenizer title (see --help-config)."
+DECODING = "Fields of decode and evaluate can be changed: --decode.beam 100 --decode.normaliser children (see run --help-config)."
 
 EXAMPLES = {
     "run": "sftrec run configs/quick.yaml --out runs/quick",
@@ -49,7 +45,8 @@ def _parser() -> argparse.ArgumentParser:
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
 
     def verb(name: str, text: str, config: bool = False) -> argparse.ArgumentParser:
-        notes = f"Example: {EXAMPLES[name]}" + (f"\n{OVERRIDES}" if config else "")
+        more = OVERRIDES if config else DECODING if name in ("evaluate", "recommend") else ""
+        notes = f"Example: {EXAMPLES[name]}" + (f"\n{more}" if more else "")
         sub = verbs.add_parser(
             name,
             help=text,
@@ -74,7 +71,10 @@ def _parser() -> argparse.ArgumentParser:
     verb("prepare", "Read and split the data, name the items.", config=True)
     train = verb("train", "Train a prepared run.")
     train.add_argument("--resume", action="store_true", help="go on from the newest checkpoint")
-    verb("evaluate", "Rank the full catalogue for every test user, beside the baselines.")
+    evaluate = verb("evaluate", "Rank the full catalogue for every test user, beside the baselines.")
+    evaluate.add_argument(
+        "--exact", action="store_true", help="also find the exact top K of the whole catalogue, and count what the beam missed"
+    )
     recommend = verb("recommend", "Recommend items for users or histories.")
     recommend.add_argument("--user", action="append", default=[], metavar="ID", help="a user of the run (may be repeated)")
     recommend.add_argument(
@@ -83,10 +83,22 @@ def _parser() -> argparse.ArgumentParser:
     recommend.add_argument(
         "--file", type=Path, metavar="FILE", help=".jsonl or .parquet with a column `history`, or .txt with a line a user"
     )
-    recommend.add_argument("--k", type=int, default=10, help="items a user (default 10)")
+    recommend.add_argument("--k", type=int, help="items a user (default 10)")
+    recommend.add_argument("--only", type=Path, metavar="FILE", help="recommend only these items: a line each, id or title")
+    recommend.add_argument("--without", type=Path, metavar="FILE", help="never recommend these items: a line each, id or title")
     recommend.add_argument("--keep-seen", action="store_true", help="items of the history may be recommended again")
     recommend.add_argument("--to", type=Path, metavar="FILE", help="write .parquet or .jsonl instead of printing")
     recommend.add_argument("--json", action="store_true", help="print JSON lines")
+    pairs = recommend.add_argument_group(
+        "preference pairs", "The last training item of each user against items that the model names."
+    )
+    pairs.add_argument(
+        "--preferences", type=Path, metavar="FILE", help="write .jsonl for TRL's DPOTrainer, and recommend nothing"
+    )
+    pairs.add_argument("--users", type=int, metavar="N", help="users, drawn by --seed (default: all)")
+    pairs.add_argument("--negatives", type=int, metavar="M", help="rejected items a user (default 1)")
+    pairs.add_argument("--seed", type=int, metavar="S", help="draws users and rejected items (default 0)")
+    pairs.add_argument("--overwrite", action="store_true", help="replace FILE")
     add = verb("add-items", "Name new items without training again: semantic ids, titles or keyphrases.")
     add.add_argument(
         "--catalogue",
@@ -113,67 +125,16 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _configure(path: Path | None, extra: Sequence[str], show: bool) -> "RunConfig":
-    import tyro
-
-    from sftrec_jax.config import RunConfig
-    from sftrec_jax.config_file import load_config
-
-    if show:
-        tyro.cli(RunConfig, prog="sftrec run CONFIG", args=["--help"])
-    if path is None:
-        raise UserError("no CONFIG given; name a YAML file, such as configs/quick.yaml")
-    _check_options(extra)
-    base = load_config(path)
-    said = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(said):
-            config = tyro.cli(RunConfig, prog="sftrec run CONFIG", default=base, args=list(extra))
-    except SystemExit:
-        raise UserError(f"{_in_box(said.getvalue())}; --help-config lists every field") from None
-    return _resolve_changed(base, config)
-
-
-def _check_options(extra: Sequence[str]) -> None:
-    """UserError for an option that neither the verb nor the config has, with the nearest that exists."""
-    from sftrec_jax.config_file import nearest_field
-
-    for word in extra:
-        option = word.split("=")[0]
-        if not option.startswith("--"):
-            continue
-        near = nearest_field(option)
-        if near and "." not in option:
-            near = (difflib.get_close_matches(option, RUN_OPTIONS, n=1) or [near])[0]
-        if near:
-            raise UserError(f"unknown option {option}; the nearest known one is {near}")
-
-
-def _in_box(text: str) -> str:
-    """The message in the box that tyro draws (in ASCII where standard output is not UTF-8), as one line without its last dot."""
-    lines = [line.strip("│| ") for line in text.splitlines() if line.startswith(("│", "|"))]
-    until = next((i for i, line in enumerate(lines) if line and set(line) <= {"─", "-"}), len(lines))
-    return " ".join(lines[:until]).rstrip(".") or " ".join(text.split())
-
-
-def _resolve_changed(base: "RunConfig", config: "RunConfig") -> "RunConfig":
-    """Paths given as overrides are relative to the current folder; those of the file are resolved already."""
-    from sftrec_jax.config_file import PATH_FIELDS, resolve_paths
-
-    here = resolve_paths(config, Path.cwd())
-    for section, names in PATH_FIELDS.items():
-        part, before = getattr(config, section), getattr(base, section)
-        changed = {n: getattr(getattr(here, section), n) for n in names if getattr(part, n) != getattr(before, n)}
-        config = dataclasses.replace(config, **{section: dataclasses.replace(part, **changed)})
-    return config
-
-
 def _default_out(config: Path) -> Path:
     return Path("runs") / config.stem
 
 
 def _new_run(args: argparse.Namespace, extra: Sequence[str]) -> Any:
-    config = _configure(args.config, extra, args.help_config)
+    from sftrec_jax.overrides import configure, show_config
+
+    if args.help_config:
+        show_config()
+    config = configure(args.config, extra)
     from sftrec_jax.run.folder import new_run
 
     return config, new_run(args.out or _default_out(args.config), config, getattr(args, "resume", False), args.overwrite)
@@ -189,6 +150,7 @@ def _run(args: argparse.Namespace, extra: Sequence[str], argv: Sequence[str]) ->
     from sftrec_jax.console import console
     from sftrec_jax.run import session as sessions
     from sftrec_jax.run import stages
+    from sftrec_jax.run.evaluation import evaluate_stage
 
     begin = time.monotonic()
     config, new_run = _new_run(args, extra)
@@ -197,7 +159,7 @@ def _run(args: argparse.Namespace, extra: Sequence[str], argv: Sequence[str]) ->
         session = sessions.open_session(folder.path) if prepared else sessions.prepare(folder, config)
         stages.train_stage(session, args.resume)
     decoder, step = session.trained_decoder()
-    stages.evaluate_stage(session, decoder, step)
+    evaluate_stage(session, decoder, step)
     stages.export_stage(session, decoder, _command(argv), args.resume or args.overwrite)
     console.print(f"done in {(time.monotonic() - begin) / 60:.1f} min: {folder.path}")
     console.print(f"next: sftrec recommend {folder.path} --user {session.dataset.user_ids[0]}")
@@ -222,11 +184,19 @@ def _train(args: argparse.Namespace, extra: Sequence[str], argv: Sequence[str]) 
 
 
 def _evaluate(args: argparse.Namespace, extra: Sequence[str], argv: Sequence[str]) -> None:
-    from sftrec_jax.run import stages
+    from sftrec_jax.run.evaluation import evaluate_stage
+
+    session = _session(args.run, extra)
+    evaluate_stage(session, *session.trained_decoder(), exact=args.exact)
+
+
+def _session(run: Path, extra: Sequence[str]) -> "Session":
+    """A run, decoded and evaluated as the options say."""
+    from sftrec_jax.overrides import overridden
     from sftrec_jax.run.session import open_session
 
-    session = open_session(args.run)
-    stages.evaluate_stage(session, *session.trained_decoder())
+    session = open_session(run)
+    return dataclasses.replace(session, config=overridden(session.config, extra, ("decode", "evaluate"))) if extra else session
 
 
 def _export(args: argparse.Namespace, extra: Sequence[str], argv: Sequence[str]) -> None:
@@ -250,15 +220,18 @@ def _add_items(args: argparse.Namespace, extra: Sequence[str], argv: Sequence[st
 def _recommend(args: argparse.Namespace, extra: Sequence[str], argv: Sequence[str]) -> None:
     from sftrec_jax.console import console
     from sftrec_jax.items.titles import TitleIndex
-    from sftrec_jax.run.recommend import file_histories, recommend, user_history
-    from sftrec_jax.run.session import open_session
+    from sftrec_jax.run.recommend import allowed_items, file_histories, recommend, user_history
     from sftrec_jax.run.tables import check_frame_path, write_frame
 
+    _check_together(args)
+    if args.preferences:
+        _preferences(args, extra)
+        return
     if args.to:
         check_frame_path(args.to)
     if not (args.user or args.history or args.file):
         raise UserError(f"nobody to recommend to; give --user, --history or --file, as in: {EXAMPLES['recommend']}")
-    session = open_session(args.run)
+    session = _session(args.run, extra)
     names, histories = [], []
     for user in args.user:
         names.append(user)
@@ -272,7 +245,8 @@ def _recommend(args: argparse.Namespace, extra: Sequence[str], argv: Sequence[st
         more_names, more = file_histories(session, args.file)
         names += more_names
         histories += more
-    frame = recommend(session, names, histories, args.k, args.keep_seen)
+    allowed = allowed_items(session, args.only, args.without)
+    frame = recommend(session, names, histories, 10 if args.k is None else args.k, args.keep_seen, allowed)
     if args.to:
         write_frame(args.to, frame)
         console.print(f"wrote {frame.height:,} rows to {args.to}")
@@ -284,6 +258,25 @@ def _recommend(args: argparse.Namespace, extra: Sequence[str], argv: Sequence[st
             if row["rank"] == 1:
                 print(row["user"])
             print(f"{row['rank']:4d}  {row['score']:8.3f}  {row['title']}")
+
+
+def _check_together(args: argparse.Namespace) -> None:
+    """UserError for an option of `recommend` that says nothing beside `--preferences`, or without it."""
+    lists = ("user", "history", "file", "only", "without", "k", "keep_seen", "to", "json")
+    pairs = ("users", "negatives", "seed", "overwrite")
+    for name in lists if args.preferences else pairs:
+        value = getattr(args, name)
+        if value is not None and value is not False and value != []:
+            relation = "says nothing beside" if args.preferences else "needs"
+            raise UserError(f"--{name.replace('_', '-')} {relation} --preferences; see sftrec recommend --help")
+
+
+def _preferences(args: argparse.Namespace, extra: Sequence[str]) -> None:
+    from sftrec_jax.run.preferences import check_preferences, write_preferences
+
+    settings = (args.users, 1 if args.negatives is None else args.negatives, args.seed or 0, args.overwrite)
+    check_preferences(args.preferences, *settings)
+    write_preferences(_session(args.run, extra), args.preferences, *settings)
 
 
 def _as_items(items: list[int]) -> Any:
@@ -311,7 +304,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
     try:
         args, extra = _parser().parse_known_args(argv)
-        if extra and args.verb not in ("run", "prepare"):
+        if extra and args.verb not in ("run", "prepare", "evaluate", "recommend"):
             raise UserError(f"unknown option {extra[0]}; see sftrec {args.verb} --help")
         VERBS[args.verb](args, extra, argv)
     except UserError as error:

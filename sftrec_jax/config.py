@@ -345,8 +345,12 @@ class DecodeConfig:
     """Items returned per user (K)."""
     batch_users: int = 16
     """Users decoded together."""
-    layout: Literal["auto", "dense", "csr"] = "auto"
-    """Transition table: dense next-state table, level-order CSR; `auto`: dense while it fits in 64 MB."""
+    layout: Literal["auto", "dense", "compact", "csr", "bitmap"] = "auto"
+    """Transition table: dense next-token table, level-order CSR, bitmap, compact (the best of CSR, bitmap and tail per level);
+    auto: dense while it fits in 64 MB, else compact. All give the same lists."""
+    normaliser: Literal["full", "items", "level", "children"] = "full"
+    """What next-token probabilities are taken over: full (all tokens: exact log-probabilities of the model), items (all item
+    tokens), level (item tokens of this place), children (tokens that may follow: another ranking, often better early on)."""
 
     def __post_init__(self) -> None:
         for name in ("beam", "top_k", "batch_users"):
@@ -366,10 +370,13 @@ class EvaluateConfig:
     """Users (drawn by `train.seed`) evaluated on test; null: all."""
     unconstrained_users: int = 100
     """Users whose unconstrained output is checked for items that do not exist."""
+    grounding_users: int = 0
+    """Users for whom freely written text is also grounded by its nearest items, as BIGRec does, for comparison."""
 
     def __post_init__(self) -> None:
         _require(self.users is None or self.users >= 1, f"evaluate.users is {self.users}; use 1 or more, or null for all")
-        _require(self.unconstrained_users >= 0, f"evaluate.unconstrained_users is {self.unconstrained_users}; use 0 or more")
+        for name in ("unconstrained_users", "grounding_users"):
+            _require(getattr(self, name) >= 0, f"evaluate.{name} is {getattr(self, name)}; use 0 or more")
 
 
 @dataclass(frozen=True)

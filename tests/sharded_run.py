@@ -77,8 +77,16 @@ def run(case: Case, name: str, config: MeshConfig) -> tuple[dict[str, Any], dict
     arrays |= {f"before/{n}": v for n, v in moved.items()} | {f"after/{n}": v for n, v in going.arrays.items()}
     rng = np.random.default_rng(3)
     prompts = [np.concatenate([[1], rng.choice(case.codes.codes[:, 0], n)]).astype(np.int32) for n in rng.integers(0, 9, 11)]
-    ranked = Recommender(here.decoder, case.codes, DecodeConfig(top_k=5, beam=5, batch_users=8), mesh).rank(prompts, None, 5)
+    recommender = Recommender(here.decoder, case.codes, DecodeConfig(top_k=5, beam=5, batch_users=8), mesh)
+    ranked = recommender.rank(prompts, None, 5)
     arrays |= {"items": ranked.items, "scores": ranked.scores}
+    deny = [rng.choice(7, n, replace=False).astype(np.int32) for n in rng.integers(0, 5, 11)]
+    allow = np.arange(7) != np.asarray([[2], [4], [6]])
+    left = recommender.rank(prompts, deny, 5, allowed=(allow, np.arange(11) % 3))
+    arrays |= {"items/left": left.items, "scores/left": left.scores}
+    facts["gone"] = [sorted({*row.tolist(), 2 * (user % 3) + 2}) for user, row in enumerate(deny)]
+    facts["whole_index"] = [leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(recommender.index)]
+    facts["users_a_device"] = recommender._place(np.zeros((8, 3), np.int32)).addressable_shards[0].data.shape[0]
     if name == "data":
         uneven = jax.tree.map(lambda x: x[:, :6], plan.batch(0))
         facts["uneven"] = message(lambda: going.take(uneven))

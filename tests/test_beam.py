@@ -13,8 +13,9 @@ from flax import nnx
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from sftrec_jax.config import DecodeConfig, MeshConfig
-from sftrec_jax.decode.beam import UNROLL_ALL
-from sftrec_jax.decode.recommender import Ranking, Recommender, plan_batches
+from sftrec_jax.decode.batches import plan_batches
+from sftrec_jax.decode.recommender import Ranking, Recommender
+from sftrec_jax.decode.tree import UNROLL_ALL
 from sftrec_jax.errors import UserError
 from sftrec_jax.items.codes import ItemCodes
 from sftrec_jax.model.decoder import Decoder
@@ -102,7 +103,7 @@ CATALOGUES = {
 
 @pytest.mark.parametrize("name", CATALOGUES)
 def test_wide_beam_equals_scoring_every_item(tmp_path: Path, name: str) -> None:
-    """Also: mixed prompt lengths in a batch, seen items, more beams than items or first tokens, both layouts bit for bit."""
+    """Also: mixed prompt lengths in a batch, seen items, more beams than items or first tokens, all layouts bit for bit."""
     rows, new, tied = CATALOGUES[name]
     codes = item_codes(rows, new)
     reference, decoder = model_pair(tmp_path, codes, tied)
@@ -111,14 +112,15 @@ def test_wide_beam_equals_scoring_every_item(tmp_path: Path, name: str) -> None:
     rng = np.random.default_rng(0)
     seen = [np.sort(rng.choice(n, size, replace=False)).astype(np.int32) for size in (0, 1, 4, n - 1, n)]
     results = []
-    for layout in ("dense", "csr") if name in ("variable with new rows", "long") else ("dense",):
+    for layout in ("dense", "csr", "bitmap", "compact") if name in ("variable with new rows", "long") else ("dense",):
         config = DecodeConfig(beam=n + 3, top_k=n, batch_users=8, layout=layout)
         recommender = Recommender(decoder, codes, config, make_mesh(MeshConfig()))
-        assert recommender.index.layout == layout
+        assert layout == "compact" or set(recommender.index.kinds[1:]) <= {layout}
         results.append(recommender.rank_both(PROMPTS, seen, n))
-    for dense, csr in zip(results[0], results[-1], strict=True):
-        np.testing.assert_array_equal(dense.items, csr.items)
-        np.testing.assert_array_equal(dense.scores, csr.scores)
+    for result in results[1:]:
+        for dense, other in zip(results[0], result, strict=True):
+            np.testing.assert_array_equal(dense.items, other.items)
+            np.testing.assert_array_equal(dense.scores, other.scores)
     masked, unmasked = results[0]
     for user, prompt in enumerate(PROMPTS):
         scores = score(reference, prompt, rows)

@@ -91,6 +91,18 @@ def test_ranking_equals_one_device(results: Results, mesh: str) -> None:
     np.testing.assert_allclose(many["scores"], one["scores"], rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("mesh", MANY)
+def test_ranking_with_lists_of_items_equals_one_device(results: Results, mesh: str) -> None:
+    """Users are divided, with their lists; every device has the whole index."""
+    (one, _), (many, facts) = results["one"], results[mesh]
+    np.testing.assert_array_equal(many["items/left"], one["items/left"])
+    np.testing.assert_allclose(many["scores/left"], one["scores/left"], rtol=1e-5, atol=1e-5)
+    for items, gone in zip(many["items/left"], facts["gone"], strict=True):
+        assert (items >= 0).sum() == min(5, 7 - len(gone)) and not set(items.tolist()) & set(gone)
+    assert facts["whole_index"] and all(facts["whole_index"])
+    assert facts["users_a_device"] == 8 // {"data": 8, "fsdp": 8, "all": 4}[mesh]
+
+
 def test_sizes_that_do_not_divide(results: Results) -> None:
     facts = results["data"][1]
     assert facts["uneven"] == "train.batch_rows is 6, which data x fsdp = 8 devices cannot divide; use 8"

@@ -61,6 +61,11 @@ class PromptBuilder:
     """
     _pieces: dict[int, np.ndarray] = field(default_factory=dict, repr=False)
 
+    @property
+    def beginning(self) -> np.ndarray:
+        """int32 tokens with which every prompt begins."""
+        return np.concatenate([self.bos, self.prefix])
+
     def prompt(self, history: np.ndarray) -> np.ndarray:
         """Tokens to feed for predicting the item after `history`.
 

@@ -1,8 +1,7 @@
 """Beam search as one jitted program: prompts run once per user, beams keep only their own few tokens.
 
-Scores are exact log-probabilities of the model (softmax over all logit columns), float32, -inf for beams that do not
-exist. Shapes: B users, P prompt, W beams, K candidate slots of a beam, L levels, C logit columns, D model; layers stand
-first in caches, kv-heads and head-dim last.
+Scores are float32 log-probabilities, normalised as `normaliser.py` says, -inf for beams that do not exist. Shapes: B users,
+P prompt, S shared prompt, W beams, K candidate slots of a beam, L levels, C codes of a level, H pruned nodes.
 """
 
 from dataclasses import dataclass
@@ -15,31 +14,22 @@ from flax import nnx
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from sftrec_jax.decode.index import CatalogueIndex, Leaf
-from sftrec_jax.model.attention import attend, attend_beams
+from sftrec_jax.decode.choose import Best, Candidates, Chooser
+from sftrec_jax.decode.index import CatalogueIndex
+from sftrec_jax.decode.levels import Leaf, Offer
+from sftrec_jax.decode.normaliser import LogZ, Normaliser, level_logits, log_z, prefix_log_z, rows_of
+from sftrec_jax.decode.prefix import Prefix, Shared, extend, prefill, reorder
+from sftrec_jax.decode.pruning import Pruned
+from sftrec_jax.decode.tree import UNROLL_ALL, UNROLL_FIRST
 from sftrec_jax.model.decoder import Decoder
-
-UNROLL_ALL = 16
-"""Up to this many levels each is compiled with its own shapes."""
-UNROLL_FIRST = 2
-"""Of longer codes only the first levels are; the rest is one loop of fixed shapes. Titles of MovieLens: at most 1346 and 193
-candidates at the first two levels, 26 at any later one."""
 
 
 class Found(NamedTuple):
-    """Items [B, K] int32 (-1: none) in falling order of scores [B, K] float32 (-inf: none)."""
+    """Final states (see `CatalogueIndex`; `leaf_of` turns them into codes), best first."""
 
-    items: Int[Array, "B K"]
+    states: Int[Array, "B K"]
     scores: Float[Array, "B K"]
-
-
-class Prefix(NamedTuple):
-    """What the prompt leaves behind, shared by all beams of a user."""
-
-    hidden: Float[Array, "B 1 D"]
-    key: Float[Array, "layers B P kv head"]
-    value: Float[Array, "layers B P kv head"]
-    lengths: Int[Array, "B"]
+    """-inf: none."""
 
 
 class Beams(NamedTuple):
@@ -48,123 +38,213 @@ class Beams(NamedTuple):
     score: Float[Array, "B W"]
     state: Int[Array, "B W"]
     token: Int[Array, "B W"]
-    written: Int[Array, "B W L"]
+    written: Int[Array, "B W L"] | None
+    """All tokens, where the search space does not know them from the state."""
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=["tokens"], meta_fields=["length", "terminator"])
+@partial(jax.tree_util.register_dataclass, data_fields=["tokens", "every"], meta_fields=["length", "terminator"])
 @dataclass(frozen=True)
 class AllTokens:
-    """The search space without a catalogue: any logit column, up to L tokens or the terminator.
+    """The search space without a catalogue: any token, up to L of them or the terminator. State 0 goes on, 1 has ended."""
 
-    A growing beam's state is its number of tokens; L + 1 marks one that has ended.
-    """
-
-    tokens: Leaf
-    """int32 [C]. Token id of each logit column."""
+    tokens: tuple[Leaf]
+    """int32 [C]. All token ids, ascending."""
+    every: Leaf
+    """The same."""
     length: int
     """L."""
     terminator: int
     """Token that ends a sequence, -1 for none."""
 
-    every_column = True
+    forced = 2**31 - 1
+    ragged = True
 
     @property
     def fanout(self) -> tuple[int, ...]:
         """See CatalogueIndex."""
-        return (self.tokens.shape[0],) * self.length
+        return (self.tokens[0].shape[0],) * self.length
 
     @property
     def frontier(self) -> tuple[int, ...]:
         """See CatalogueIndex; unbounded here."""
         return (2**31 - 1,) * self.length
 
-    def candidates(
-        self, level: int | Array, state: Int[Array, "B W"], since: int = 1
-    ) -> tuple[Int[Array, "B W C"], Int[Array, "B W C"], Bool[Array, "B W C"]]:
-        """See CatalogueIndex.candidates."""
-        ended = (state == self.length + 1)[..., None]
-        shape = (*state.shape, self.tokens.shape[0])
-        child = jnp.where(ended | (self.tokens == self.terminator), self.length + 1, level + 1)
-        valid = ~ended | (jnp.arange(self.tokens.shape[0]) == 0)
-        return jnp.broadcast_to(self.tokens, shape), child, valid
+    def offer(self, span: int, state: Int[Array, "B W"]) -> tuple[*Offer, Bool[Array, "B W"]]:
+        """See CatalogueIndex.offer."""
+        ended, slots = state == 1, self.tokens[0].shape[0]
+        return None, ~ended[..., None] | (jnp.arange(slots) == 0), ended
 
-    def ended(self, state: Int[Array, "B W"]) -> Bool[Array, "B W"]:
+    def child(
+        self, span: int, state: Int[Array, "B W"], slot: Int[Array, "B W"], ended: Bool[Array, "B W"] | None
+    ) -> Int[Array, "B W"]:
+        """See CatalogueIndex.child."""
+        return ((state == 1) | (self.tokens[0][slot] == self.terminator)).astype(jnp.int32)
+
+    def has_ended(self, span: int, state: Int[Array, "B W"]) -> Bool[Array, "B W"]:
         """See CatalogueIndex."""
-        return state == self.length + 1
+        return state == 1
 
 
 Space = CatalogueIndex | AllTokens
 
 
-def _prefill(decoder: Decoder, prompts: Int[Array, "B P"], lengths: Int[Array, "B"]) -> Prefix:
-    positions = jnp.broadcast_to(jnp.arange(prompts.shape[1]), prompts.shape)
-    # Padding stands to the right, so the causal mask already hides it from every real token.
-    causal = positions[:, :, None] >= positions[:, None, :]
-
-    def keep(query: Array, key: Array, value: Array, cache: None) -> tuple[Array, tuple[Array, Array]]:
-        return attend(query, key, value, causal), (key, value)
-
-    hidden, (key, value) = decoder.hidden(prompts, positions, keep)
-    last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)
-    return Prefix(last, key, value, lengths)
-
-
-def _extend(
-    decoder: Decoder, prefix: Prefix, token: Int[Array, "B W"], slot: int | Array, tail: tuple[Array, Array]
-) -> tuple[Float[Array, "B W D"], tuple[Array, Array]]:
-    """Feeds each beam its newest token, which becomes entry `slot` of its tail."""
-    prompt_mask = jnp.arange(prefix.key.shape[2]) < prefix.lengths[:, None]
-    tail_mask = jnp.arange(tail[0].shape[3]) <= slot
-
-    def shared(query: Array, key: Array, value: Array, cache: Any) -> tuple[Array, tuple[Array, Array]]:
-        prompt_key, prompt_value, tail_key, tail_value = cache
-        tail_key = lax.dynamic_update_index_in_dim(tail_key, key, slot, 2)
-        tail_value = lax.dynamic_update_index_in_dim(tail_value, value, slot, 2)
-        mixed = attend_beams(query, prompt_key, prompt_value, prompt_mask, tail_key, tail_value, tail_mask)
-        return mixed, (tail_key, tail_value)
-
-    positions = jnp.broadcast_to((prefix.lengths + slot)[:, None], token.shape)
-    return decoder.hidden(token, positions, shared, (prefix.key, prefix.value, *tail))
-
-
-def _select(
+def candidates(
     space: Space,
-    columns: Int[Array, "ids"],
-    logits: Float[Array, "B W C"],
+    span: int,
     beams: Beams,
+    logits: Float[Array, "B W C"],
+    norm: LogZ | None,
+    pruned: Pruned | None,
     level: int | Array,
-    width: int,
-    since: int,
-    blocked: Bool[Array, "B slots"] | None,
+    last: bool,
+) -> Candidates:
+    """All continuations of all beams, from the logits of the level's codes; `norm` None stands for `children`."""
+    code, valid, ended = space.offer(span, beams.state)
+    # A bitmap has slots beyond the last code.
+    spare = valid.shape[-1] - logits.shape[-1] if code is None else 0
+    wide = jnp.pad(logits, ((0, 0), (0, 0), (0, spare)), constant_values=-jnp.inf) if spare else logits
+    chosen = wide if code is None else jnp.take_along_axis(logits, code, axis=2)
+    norm = log_z(jnp.where(valid, chosen, -jnp.inf)) if norm is None else norm
+    scores = beams.score[..., None] + norm.log_prob(chosen)
+    if ended is not None:
+        scores = jnp.where(ended[..., None], beams.score[..., None], scores)
+        chosen = jnp.where(ended[..., None], 0.0, chosen)
+    if pruned is not None and isinstance(space, CatalogueIndex):
+        valid &= pruned.alive(*space.region(span), span, space.children(span, beams.state, ended))
+    scores = jnp.where(valid, scores, -jnp.inf)
+    return Candidates(scores, chosen, valid, code, ended, logits.shape[-1], beams.state, level, last)
+
+
+def follow(
+    space: Space, span: int, beams: Beams, found: Candidates, places: Int[Array, "B new"]
 ) -> tuple[Beams, Int[Array, "B new"]]:
-    """The best `width` continuations of all beams, and the beam that each continues."""
-    b = beams.score.shape[0]
-    token, child, valid = space.candidates(level, beams.state, since)
-    top = jnp.max(logits, -1, keepdims=True)
-    log_z = jnp.log(jnp.sum(jnp.exp(logits - top), -1, keepdims=True))
-    chosen = logits if space.every_column else jnp.take_along_axis(logits, columns[token], axis=2)
-    stays = child == beams.state[..., None]
-    x = beams.score[..., None] + jnp.where(stays, 0.0, (chosen - top) - log_z)
-    if blocked is not None and isinstance(space, CatalogueIndex):
-        # A node above a single item is that item, so an excluded one holds no beam longer than needed.
-        item = space.item[child].reshape(b, -1)
-        hit = jnp.take_along_axis(blocked, jnp.where(item < 0, space.n_items, item), axis=1)
-        valid &= ~hit.reshape(valid.shape)
-    score, index = lax.top_k(jnp.where(valid, x, -jnp.inf).reshape(b, -1), width)
-    parent = index // token.shape[2]
+    """The beams at the places that a chooser named, and the beam that each continues."""
+    b, _, k = found.scores.shape
+    parent, slot = places // k, places % k
 
-    def pick(values: Any) -> Array:
-        return jnp.take_along_axis(values.reshape(b, -1), index, axis=1)
+    def pick(values: Array) -> Array:
+        return jnp.take_along_axis(values.reshape(b, -1), places, axis=1)
 
-    token, stays = pick(token), pick(stays)
-    written = jnp.take_along_axis(beams.written, parent[..., None], axis=1)
-    written = lax.dynamic_update_index_in_dim(written, jnp.where(stays, -1, token), level, 2)
-    return Beams(score, pick(child), token, written), parent
+    state = jnp.take_along_axis(beams.state, parent, axis=1)
+    stays = None if found.ended is None else jnp.take_along_axis(found.ended, parent, axis=1)
+    token = space.tokens[span][slot if found.code is None else pick(found.code)]
+    written = beams.written
+    if written is not None and stays is not None:
+        written = jnp.take_along_axis(written, parent[..., None], axis=1)
+        written = lax.dynamic_update_index_in_dim(written, jnp.where(stays, -1, token), found.level, 2)
+    return Beams(pick(found.scores), space.child(span, state, slot, stays), token, written), parent
 
 
-def _reorder(tail: tuple[Array, Array], parent: Int[Array, "B W"]) -> tuple[Array, Array]:
-    key, value = (jnp.take_along_axis(t, parent[None, :, :, None, None, None], axis=2) for t in tail)
-    return key, value
+class Search(NamedTuple):
+    """What stays the same through a search."""
+
+    decoder: Decoder
+    space: Space
+    prefix: Prefix
+    chooser: Chooser
+    pruned: Pruned | None
+    normaliser: Normaliser
+    tables: tuple[Array, ...]
+    """Head rows of each span's tokens."""
+
+    def step(
+        self, beams: Beams, carried: Any, hidden: Array, level: int | Array, width: int, last: bool
+    ) -> tuple[Beams, Any, Int[Array, "B new"]]:
+        """One level: the chosen continuations, what the chooser carries, and the beam that each continues."""
+        space = self.space
+        span = min(level, len(space.tokens) - 1) if isinstance(level, int) else len(space.tokens) - 1
+        logits = level_logits(self.decoder.head, hidden, space.tokens[span], self.tables[span])
+        norm = prefix_log_z(self.normaliser, self.decoder, hidden, logits, space.every)
+        found = candidates(space, span, beams, logits, norm, self.pruned, level, last)
+        places, carried = self.chooser.choose(found, carried, width)
+        beams, parent = follow(space, span, beams, found, places)
+        return beams, carried, parent
+
+    def finish_forced(self, beams: Beams, carried: Any, tail: Any, level: int, width: int) -> tuple[Beams, Any]:
+        """The levels from `level` on, where no node has a choice, in one pass: the beams only gain scores."""
+        space, state, codes, spans = self.space, beams.state, [], range(level, self.space.length)
+        for span in spans:
+            code, valid, _ = space.offer(span, state)
+            slot = jnp.argmax(valid, axis=-1).astype(jnp.int32)
+            codes.append(slot if code is None else jnp.take_along_axis(code, slot[..., None], axis=2)[..., 0])
+            state = space.child(span, state, slot, None)
+        score = beams.score
+        if self.normaliser != "children":  # there a forced token has log-probability 0
+            tokens = [beams.token, *(space.tokens[s][c] for s, c in zip(spans[:-1], codes[:-1], strict=True))]
+            hidden, _ = extend(self.decoder, self.prefix, jnp.stack(tokens, axis=-1), tail)
+            for at, (span, code) in enumerate(zip(spans, codes, strict=True)):
+                here = hidden[:, :, at]
+                logits = level_logits(self.decoder.head, here, space.tokens[span], self.tables[span])
+                norm = prefix_log_z(self.normaliser, self.decoder, here, logits, space.every)
+                assert norm is not None
+                score = score + norm.log_prob(jnp.take_along_axis(logits, code[..., None], axis=2))[..., 0]
+        x = score[..., None]
+        only = Candidates(x, jnp.zeros_like(x), x > -jnp.inf, None, None, 1, state, level, True)
+        places, carried = self.chooser.choose(only, carried, width)
+        score, state, token = (jnp.take_along_axis(v, places, axis=1) for v in (score, state, beams.token))
+        return Beams(score, state, token, None), carried
+
+
+def search(
+    decoder: Decoder,
+    space: Space,
+    prefix: Prefix,
+    width: int,
+    last_width: int,
+    pruned: Pruned | None = None,
+    normaliser: Normaliser = "full",
+    chooser: Chooser | None = None,
+) -> tuple[Beams, Any]:
+    """The best `last_width` complete beams, fewer where fewer can exist, in falling order; and what the chooser carries.
+
+    `width` beams are kept between levels, and after the last one where levels run in a loop.
+    """
+    b, levels = prefix.hidden.shape[0], space.length
+    chooser = Best() if chooser is None else chooser
+    tables = tuple(rows_of(decoder.head, prefix.hidden, tokens) for tokens in space.tokens)
+    this = Search(decoder, space, prefix, chooser, pruned, normaliser, tables)
+    unrolled = levels if levels <= UNROLL_ALL else UNROLL_FIRST
+    root = jnp.zeros((b, 1), jnp.int32)
+    written = jnp.full((b, 1, levels), -1, jnp.int32) if isinstance(space, AllTokens) else None
+    beams, carried = Beams(jnp.zeros((b, 1), jnp.float32), root, root, written), chooser.start(b)
+    hidden, tail = prefix.hidden, prefix.empty_tail(1, 0)
+    for level in range(unrolled):
+        if level and level >= space.forced:
+            size = chooser.beams(last_width, beams.score.shape[1])
+            return this.finish_forced(beams, carried, tail, level, size)
+        if level:
+            hidden, tail = extend(decoder, prefix, beams.token[..., None], tail)
+            hidden = hidden[:, :, 0]
+        last = level == levels - 1
+        # Never more beams than nodes: no duplicates and no filler, and top_k always finds enough entries.
+        most = min(space.frontier[level], beams.score.shape[1] * space.fanout[level])
+        size = chooser.beams(last_width if last else width, most)
+        beams, carried, parent = this.step(beams, carried, hidden, level, size, last)
+        tail = reorder(tail, parent)
+    if unrolled == levels:
+        return beams, carried
+
+    width = chooser.beams(width, space.frontier[-1])
+    score = _widen(beams.score, width, -jnp.inf)
+    written = None if beams.written is None else _widen(beams.written, width, -1)
+    beams = Beams(score, _widen(beams.state, width, 0), _widen(beams.token, width, 0), written)
+    rest = prefix.empty_tail(width, levels - unrolled)
+    tail = tuple(
+        jnp.concatenate([jax.vmap(lambda t: _widen(t, width, 0))(old), new], axis=3) for old, new in zip(tail, rest, strict=True)
+    )
+
+    def going(carry: tuple[Array, Beams, Any, Any]) -> Array:
+        level, beams, *_ = carry
+        return (level < levels) & jnp.any(~space.has_ended(len(space.tokens) - 1, beams.state) & (beams.score > -jnp.inf))
+
+    def step(carry: tuple[Array, Beams, Any, Any]) -> tuple[Array, Beams, Any, Any]:
+        level, beams, carried, tail = carry
+        hidden, tail = extend(decoder, prefix, beams.token[..., None], tail, level - 1)
+        beams, carried, parent = this.step(beams, carried, hidden[:, :, 0], level, width, False)
+        return level + 1, beams, carried, reorder(tail, parent)
+
+    _, beams, carried, _ = lax.while_loop(going, step, (jnp.int32(unrolled), beams, carried, tail))
+    return beams, carried
 
 
 def _widen(values: Array, width: int, fill: int | float) -> Array:
@@ -173,107 +253,73 @@ def _widen(values: Array, width: int, fill: int | float) -> Array:
     return jnp.pad(values, [(0, 0), (0, missing)] + [(0, 0)] * (values.ndim - 2), constant_values=fill)
 
 
-def _search(decoder: Decoder, space: Space, prefix: Prefix, width: int, last_width: int, blocked: Array | None) -> Beams:
-    """The best `last_width` complete beams, fewer where fewer can exist, in falling order of score.
-
-    `width` beams are kept between levels, and after the last one where levels run in a loop.
-    """
-    b, levels = prefix.hidden.shape[0], space.length
-    columns = decoder.head.column_of()
-    unrolled = levels if levels <= UNROLL_ALL else UNROLL_FIRST
-    root = jnp.zeros((b, 1), jnp.int32)
-    beams = Beams(jnp.zeros((b, 1), jnp.float32), root, root, jnp.full((b, 1, levels), -1, jnp.int32))
-    layers, _, _, *heads = prefix.key.shape
-    hidden = prefix.hidden
-    blank = jnp.zeros((layers, b, 1, levels - 1, *heads), prefix.key.dtype)
-    tail = (blank, blank)
-    for level in range(unrolled):
-        if level:
-            hidden, tail = _extend(decoder, prefix, beams.token, level - 1, tail)
-        wanted = last_width if level == levels - 1 else width
-        # Never more beams than nodes: no duplicates and no filler, and top_k always finds enough entries.
-        size = min(wanted, space.frontier[level], beams.score.shape[1] * space.fanout[level])
-        beams, parent = _select(space, columns, decoder.logits(hidden), beams, level, size, level, blocked)
-        tail = _reorder(tail, parent)
-    if unrolled == levels:
-        return beams
-
-    width = min(width, space.frontier[-1])
-    beams = Beams(*(_widen(v, width, -jnp.inf if v is beams.score else 0) for v in beams))
-    tail = (jax.vmap(lambda t: _widen(t, width, 0))(tail[0]), jax.vmap(lambda t: _widen(t, width, 0))(tail[1]))
-
-    def going(carry: tuple[Array, Beams, Any]) -> Array:
-        level, beams, _ = carry
-        return (level < levels) & jnp.any(~space.ended(beams.state) & (beams.score > -jnp.inf))
-
-    def step(carry: tuple[Array, Beams, Any]) -> tuple[Array, Beams, Any]:
-        level, beams, tail = carry
-        hidden, tail = _extend(decoder, prefix, beams.token, level - 1, tail)
-        beams, parent = _select(space, columns, decoder.logits(hidden), beams, level, width, unrolled, blocked)
-        return level + 1, beams, _reorder(tail, parent)
-
-    beams = lax.while_loop(going, step, (jnp.int32(unrolled), beams, tail))[1]
-    return beams
-
-
-def _fill(values: Array, k: int, live: Array, nothing: int | float) -> Array:
+def first_live(values: Array, k: int, live: Array, nothing: int | float) -> Array:
     """Values of the first k live beams, then `nothing`."""
     return _widen(jnp.where(live, values, nothing)[:, :k], k, nothing)
 
 
-@partial(jax.jit, static_argnames=("graphdef", "k", "beam", "both"))
+@partial(jax.jit, static_argnames=("graphdef", "k", "beam", "both", "normaliser"))
 def recommend(
     graphdef: Any,
     state: Any,
     index: CatalogueIndex,
     prompts: Int[Array, "B P"],
     lengths: Int[Array, "B"],
-    exclude: Int[Array, "B E"] | None,
+    shared: Shared | None,
+    pruned: Pruned | None,
+    chooser: Chooser | None = None,
     *,
     k: int,
     beam: int,
     both: bool = False,
-) -> tuple[Found | None, Found | None]:
+    normaliser: Normaliser = "full",
+) -> tuple[Found | None, Found | None, Any]:
     """Ranks items after each prompt.
 
     Args:
         graphdef, state: `nnx.split` of a Decoder.
-        prompts: token ids, filled up at the right with any token; `lengths` (at least 1) says how many are real.
-        exclude: item indices never to be returned, -1 for none; None leaves the first result out. Exact for codes of one
-            token; of longer codes those among the beams are dropped, so a list may be short.
+        prompts: token ids after those of `shared`, filled up at the right with any token; `lengths` (at least 1) says how
+            many are real.
+        pruned: parts of the catalogue that the first result leaves out, as if it lacked them; None leaves that result out.
         k: items returned, at most `beam` unless codes have one token.
         beam: W, beams kept between levels.
-        both: also rank without `exclude`, from the same pass over the prompts.
+        both: also rank without `pruned`, from the same pass over the prompts.
 
-    Returns: (ranking with `exclude` or None, ranking without it or None).
+    Returns: ranking with `pruned` or None, ranking without it or None, what the chooser of the last search carries.
     """
     decoder = nnx.merge(graphdef, state)
-    prefix = _prefill(decoder, prompts, lengths)
+    prefix = prefill(decoder, prompts, lengths, shared)
 
-    def rank(blocked: Array | None) -> Found:
-        beams = _search(decoder, index, prefix, beam, k, blocked)
+    def rank(pruned: Pruned | None) -> tuple[Found, Any]:
+        beams, carried = search(decoder, index, prefix, beam, k, pruned, normaliser, chooser)
         # NaN passes on purpose: the caller shall see that the weights are broken.
         live = beams.score != -jnp.inf
-        return Found(_fill(index.item[beams.state], k, live, -1), _fill(beams.score, k, live, -jnp.inf))
+        return Found(first_live(beams.state, k, live, 0), first_live(beams.score, k, live, -jnp.inf)), carried
 
-    masked = None
-    if exclude is not None:
-        users = jnp.arange(prompts.shape[0])[:, None]
-        blocked = jnp.zeros((prompts.shape[0], index.n_items + 1), bool)
-        blocked = blocked.at[users, jnp.where(exclude < 0, index.n_items, exclude)].set(True)
-        masked = rank(blocked.at[:, index.n_items].set(False))
-    return masked, rank(None) if both or exclude is None else None
+    masked, carried = (None, None) if pruned is None else rank(pruned)
+    if pruned is not None and not both:
+        return masked, None, carried
+    return masked, *rank(None)
 
 
 @partial(jax.jit, static_argnames=("graphdef", "k", "beam"))
 def free_search(
-    graphdef: Any, state: Any, space: AllTokens, prompts: Int[Array, "B P"], lengths: Int[Array, "B"], *, k: int, beam: int
+    graphdef: Any,
+    state: Any,
+    space: AllTokens,
+    prompts: Int[Array, "B P"],
+    lengths: Int[Array, "B"],
+    shared: Shared | None,
+    *,
+    k: int,
+    beam: int,
 ) -> tuple[Int[Array, "B K L"], Float[Array, "B K"]]:
     """The same beam search with no catalogue: what the model writes by itself.
 
     Returns: token ids [B, K, L] (-1 after the end, and throughout where no sequence is), log-probabilities [B, K].
     """
     decoder = nnx.merge(graphdef, state)
-    beams = _search(decoder, space, _prefill(decoder, prompts, lengths), beam, k, None)
+    beams, _ = search(decoder, space, prefill(decoder, prompts, lengths, shared), beam, k)
     live = beams.score != -jnp.inf
-    return _fill(beams.written, k, live[..., None], -1), _fill(beams.score, k, live, -jnp.inf)
+    assert beams.written is not None
+    return first_live(beams.written, k, live[..., None], -1), first_live(beams.score, k, live, -jnp.inf)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from sftrec_jax.items.codes import ItemCodes
+from sftrec_jax.decode.tree import CodeTree
 
 
 @dataclass(frozen=True, eq=False)
@@ -17,30 +17,27 @@ class CodeGroups:
     catalogue often follows popularity or time, and would be right more often than the model knows.
     """
 
-    codes: np.ndarray
-    """int32 [G, L] the distinct codes, in the order in which the catalogue has them first."""
     group: np.ndarray
-    """int64 [n_items] group of each item."""
+    """int32 [n_items] group of each item: the leaf of the `CodeTree` that is its code."""
     members: np.ndarray
     """int32 [n_items] items, one group after the other."""
     offsets: np.ndarray
     """int64 [G + 1]; the items of group g are members[offsets[g] : offsets[g + 1]]."""
 
     @classmethod
-    def of(cls, codes: ItemCodes) -> "CodeGroups":
+    def of(cls, tree: CodeTree, titles: np.ndarray) -> "CodeGroups":
         """Groups the items of a catalogue."""
-        _, first, inverse = np.unique(codes.codes, axis=0, return_index=True, return_inverse=True)
-        order = np.argsort(first)
-        number = np.empty(len(order), np.int64)
-        number[order] = np.arange(len(order))
-        group = number[inverse.reshape(-1)]
-        sizes = np.bincount(group)
-        hashes = np.zeros(len(group), np.uint64)
-        for item in np.flatnonzero(sizes[group] > 1):
-            digest = hashlib.blake2b(str(codes.titles[item]).encode(), digest_size=8).digest()
-            hashes[item] = int.from_bytes(digest, "big")
-        members = np.lexsort((hashes, group)).astype(np.int32)
-        return cls(codes.codes[np.sort(first)], group, members, np.concatenate([[0], np.cumsum(sizes)]))
+        group = np.empty(tree.n_items, np.int32)
+        group[tree.order] = tree.rank
+        offsets = np.append(np.flatnonzero(np.diff(tree.rank, prepend=-1)), tree.n_items)
+        sizes = np.diff(offsets)
+        members = tree.order.copy()
+        places = np.flatnonzero(np.repeat(sizes > 1, sizes))
+        hashes = [
+            int.from_bytes(hashlib.blake2b(str(titles[item]).encode(), digest_size=8).digest(), "big") for item in members[places]
+        ]
+        members[places] = members[places][np.lexsort((np.asarray(hashes, np.uint64), tree.rank[places]))]
+        return cls(group, members, offsets)
 
     @property
     def shared(self) -> int:
@@ -48,32 +45,52 @@ class CodeGroups:
         sizes = np.diff(self.offsets)
         return int(sizes[sizes > 1].sum())
 
-    def excluded(self, items: np.ndarray) -> np.ndarray:
-        """int64 groups of which every item is among `items` (indices, repeats allowed)."""
-        groups, counts = np.unique(self.group[np.unique(items).astype(np.int64)], return_counts=True)
-        return groups[counts == np.diff(self.offsets)[groups]]
+    def leaves(self, items: np.ndarray) -> np.ndarray:
+        """bool [G] groups with an item among those that `items` (bool [n_items]) marks."""
+        kept = np.zeros(len(self.offsets) - 1, bool)
+        kept[self.group[items]] = True
+        return kept
 
-    def expand(self, groups: np.ndarray, scores: np.ndarray, exclude: np.ndarray | None, k: int) -> tuple[np.ndarray, np.ndarray]:
+    def excluded(self, items: np.ndarray, allowed: np.ndarray | None = None) -> np.ndarray:
+        """int64 groups of which every item is among `items` (indices, repeats allowed) or not `allowed` (bool [n_items])."""
+        items = np.unique(items).astype(np.int64)
+        if allowed is not None:
+            items = items[allowed[items]]
+        groups, counts = np.unique(self.group[items], return_counts=True)
+        sizes = np.diff(self.offsets)[groups]
+        if allowed is not None:
+            sizes = np.asarray([allowed[self.members[self.offsets[g] : self.offsets[g + 1]]].sum() for g in groups], np.int64)
+        return groups[counts == sizes].astype(np.int64)
+
+    def expand(
+        self,
+        groups: np.ndarray,
+        scores: np.ndarray,
+        exclude: np.ndarray | None,
+        k: int,
+        allowed: np.ndarray | None = None,
+    ) -> tuple[np.ndarray, np.ndarray]:
         """One user's list of items from the list of groups.
 
         Args:
-            groups: int32 [K] groups, best first, -1 where the list is shorter.
-            scores: float32 [K].
+            groups: int [K] groups, best first.
+            scores: float32 [K], -inf where the list is shorter.
             exclude: indices of items to leave out, or None.
             k: length of the list.
+            allowed: bool [n_items] items that may be in the list, or None.
 
         Returns: int32 [k] items, float32 [k] the scores of their groups; -1 and -inf where there is no item.
         """
         items, found = np.full(k, -1, np.int32), np.full(k, -np.inf, np.float32)
-        live = groups >= 0
+        live = scores > -np.inf
         parts = [self.members[self.offsets[g] : self.offsets[g + 1]] for g in groups[live]]
         if parts:
             every, score = np.concatenate(parts), np.repeat(scores[live], [len(p) for p in parts])
+            kept = np.ones(len(every), bool) if allowed is None else allowed[every]
             if exclude is not None and len(exclude):
-                kept = ~np.isin(every, exclude)
-                every, score = every[kept], score[kept]
-            count = min(k, len(every))
-            items[:count], found[:count] = every[:count], score[:count]
+                kept &= ~np.isin(every, exclude)
+            every, score = every[kept][:k], score[kept][:k]
+            items[: len(every)], found[: len(every)] = every, score
         return items, found
 
     def ties(

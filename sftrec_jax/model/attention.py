@@ -3,6 +3,9 @@
 Axes: B batch, T tokens, P prompt, W beams, L tail, N heads, K kv-heads, H head-dim.
 """
 
+from collections.abc import Callable
+from functools import reduce
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
@@ -36,28 +39,105 @@ def attend(
     return jnp.einsum("bkgts,bskh->btkgh", weights, value).reshape(b, t, n, h)
 
 
+FEW_TOKENS = 4
+Shared = tuple[Float[Array, "_ K H"], Float[Array, "_ K H"]]
+"""Keys and values [S, K, H] that all rows have in front of their own."""
+Part = tuple[Float[Array, "B _ K H"], Float[Array, "B _ K H"], Bool[Array, "..."]]
+"""Keys and values [B, S, K, H], and a mask [T, S] or [B, T, S]."""
+
+
+def attend_causal(
+    query: Float[Array, "B T N H"],
+    key: Float[Array, "B T K H"],
+    value: Float[Array, "B T K H"],
+    before: Shared | None = None,
+) -> Float[Array, "B T N H"]:
+    """`attend` with the causal mask, in blocks of queries that see no later key: half of the products, and of the memory a
+    block's share.
+    """
+    t, out = query.shape[1], []
+    block = max(128, -(-t // 128) * 16)
+    for at in range(0, t, block):
+        end = min(at + block, t)
+        mask = jnp.arange(at, end)[:, None] >= jnp.arange(end)
+        out.append(attend_to(query[:, at:end], [(key[:, :end], value[:, :end], mask)], before))
+    return out[0] if len(out) == 1 else jnp.concatenate(out, axis=1)
+
+
+def attend_to(query: Float[Array, "B T N H"], parts: list[Part], before: Shared | None = None) -> Float[Array, "B T N H"]:
+    """`attend` to keys in several pieces, and to those of `before`, which all rows share."""
+    b, t, n, h = query.shape
+    k = parts[0][0].shape[2]
+    grouped = query.reshape(b, t, k, n // k, h).transpose(0, 2, 3, 1, 4)
+    pieces = [] if before is None else [_shared_piece(grouped, before)]
+    for key, value, mask in parts:
+        pieces.append(_piece(grouped, key, value, mask if mask.ndim == 2 else mask[:, None, None]))
+    return _mixed(pieces, h).astype(query.dtype).transpose(0, 3, 1, 2, 4).reshape(b, t, n, h)
+
+
 def attend_beams(
-    query: Float[Array, "B W N H"],
-    prompt_key: Float[Array, "B P K H"],
-    prompt_value: Float[Array, "B P K H"],
-    prompt_mask: Bool[Array, "B P"],
+    query: Float[Array, "B W T N H"],
+    prompt: Part,
     tail_key: Float[Array, "B W L K H"],
     tail_value: Float[Array, "B W L K H"],
-    tail_mask: Bool[Array, "L"],
-) -> Float[Array, "B W N H"]:
-    """One new token for each of W beams: all share the prompt's keys and values, each has its own tail.
+    tail_mask: Bool[Array, "T L"],
+    before: Shared | None = None,
+) -> Float[Array, "B W T N H"]:
+    """The newest T tokens of each of W beams: all share the prompt's keys and values, each has its own tail.
 
-    The two score parts are put side by side before one softmax, which equals merging them by log-sum-exp; the
-    prompt's keys and values are never repeated along W.
+    The prompt's keys and values are never repeated along W. `prompt` has a mask [B, P].
     """
-    b, w, n, h = query.shape
-    k, p = prompt_key.shape[2], prompt_key.shape[1]
-    grouped = query.reshape(b, w, k, n // k, h)
-    of_prompt = jnp.einsum("bwkgh,bpkh->bwkgp", grouped, prompt_key, preferred_element_type=jnp.float32)
-    of_tail = jnp.einsum("bwkgh,bwlkh->bwkgl", grouped, tail_key, preferred_element_type=jnp.float32)
-    of_prompt = jnp.where(prompt_mask[:, None, None, None], of_prompt * h**-0.5, -jnp.inf)
-    of_tail = jnp.where(tail_mask, of_tail * h**-0.5, -jnp.inf)
-    weights = jax.nn.softmax(jnp.concatenate([of_prompt, of_tail], -1), axis=-1).astype(prompt_value.dtype)
-    out = jnp.einsum("bwkgp,bpkh->bwkgh", weights[..., :p], prompt_value)
-    out += jnp.einsum("bwkgl,bwlkh->bwkgh", weights[..., p:], tail_value)
-    return out.reshape(b, w, n, h)
+    b, w, t, n, h = query.shape
+    k, length = tail_key.shape[3], tail_key.shape[2]
+    grouped = query.reshape(b, w, t, k, n // k, h).transpose(0, 3, 1, 2, 4, 5)
+    pieces = [] if before is None else [_shared_piece(grouped, before)]
+    pieces.append(_piece(grouped, prompt[0], prompt[1], prompt[2][:, None, None, None, None]))
+    key, value = (x.transpose(0, 3, 1, 2, 4) for x in (tail_key, tail_value))
+    if length <= FEW_TOKENS:
+        # So few products that laying them out for a matrix unit costs more than doing them.
+        scores = jnp.sum(grouped[..., None, :] * key[:, :, :, None, None], axis=-1, dtype=jnp.float32)
+    else:
+        scores = jnp.einsum("bkwtgh,bkwlh->bkwtgl", grouped, key, preferred_element_type=jnp.float32)
+
+    def product(weights: Array) -> Array:
+        if length > FEW_TOKENS:
+            return jnp.einsum("bkwtgl,bkwlh->bkwtgh", weights.astype(value.dtype), value, preferred_element_type=jnp.float32)
+        return jnp.sum(weights[..., None] * value[:, :, :, None, None], axis=-2, dtype=jnp.float32)
+
+    pieces.append((jnp.where(tail_mask[:, None], scores, -jnp.inf), product))
+    return _mixed(pieces, h).astype(query.dtype).transpose(0, 2, 3, 1, 4, 5).reshape(b, w, t, n, h)
+
+
+Piece = tuple[Array, Callable[[Array], Array]]
+"""Scores float32 [B, K, ..., S] before scaling, -inf where hidden; and what turns weights of their shape into sums of values."""
+
+
+def _piece(query: Float[Array, "B K ... H"], key: Array, value: Array, mask: Bool[Array, "..."]) -> Piece:
+    """Keys and values [B, S, K, H]. One matrix product for each row and kv-head, whatever axes the queries have."""
+    b, k, *rest, h = query.shape
+    scores = jnp.matmul(query.reshape(b, k, -1, h), key.transpose(0, 2, 3, 1), preferred_element_type=jnp.float32)
+
+    def product(weights: Array) -> Array:
+        flat = weights.reshape(b, k, -1, weights.shape[-1]).astype(value.dtype)
+        return jnp.matmul(flat, value.transpose(0, 2, 1, 3), preferred_element_type=jnp.float32).reshape(query.shape)
+
+    return jnp.where(mask, scores.reshape(b, k, *rest, -1), -jnp.inf), product
+
+
+def _shared_piece(query: Float[Array, "B K ... H"], before: Shared) -> Piece:
+    key, value = before
+    scores = jnp.einsum("bk...h,skh->bk...s", query, key, preferred_element_type=jnp.float32)
+
+    def product(weights: Array) -> Array:
+        return jnp.einsum("bk...s,skh->bk...h", weights.astype(value.dtype), value, preferred_element_type=jnp.float32)
+
+    return scores, product
+
+
+def _mixed(pieces: list[Piece], h: int) -> Array:
+    """Softmax over all pieces together, in float32, without putting them side by side."""
+    scores = [s * h**-0.5 for s, _ in pieces]
+    top = reduce(jnp.maximum, [s.max(axis=-1, keepdims=True) for s in scores])
+    weights = [jnp.exp(s - top) for s in scores]
+    total = reduce(jnp.add, [w.sum(axis=-1, keepdims=True) for w in weights])
+    return reduce(jnp.add, [product(w) for (_, product), w in zip(pieces, weights, strict=True)]) / total

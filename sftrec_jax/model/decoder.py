@@ -37,15 +37,26 @@ class Layers(nnx.Module):
         self.down_proj = Linear("down_proj", n, f, d, adapters, next(keys))
 
     def __call__(
-        self, x: Float[Array, "B T D"], rope: tuple[Array, Array], attend: Attend, cache: Any, dropout_key: Array | None
-    ) -> tuple[Float[Array, "B T D"], Any]:
+        self,
+        x: Float[Array, "B T D"],
+        rope: tuple[Array, Array],
+        attend: Attend,
+        cache: Any,
+        dropout_key: Array | None,
+        only: Int[Array, "B R"] | None = None,
+    ) -> tuple[Float[Array, "B S D"], Any]:
+        """One layer. With `only`, keys and values of all tokens but outputs of those alone."""
         b, t, _ = x.shape
         keys = [None] * 7 if dropout_key is None else list(jax.random.split(dropout_key, 7))
         h = self.input_norm(x)
-        query = self.q_proj(h, keys[0]).reshape(b, t, self.arch.heads, self.arch.head_dim)
         key = self.k_proj(h, keys[1]).reshape(b, t, self.arch.kv_heads, self.arch.head_dim)
         value = self.v_proj(h, keys[2]).reshape(b, t, self.arch.kv_heads, self.arch.head_dim)
-        mixed, cache = attend(apply_rope(query, *rope), apply_rope(key, *rope), value, cache)
+        key = apply_rope(key, *rope)
+        if only is not None:
+            x, h, cos, sin = (jnp.take_along_axis(a, only[..., None], axis=1) for a in (x, h, *rope))
+            t, rope = only.shape[1], (cos, sin)
+        query = self.q_proj(h, keys[0]).reshape(b, t, self.arch.heads, self.arch.head_dim)
+        mixed, cache = attend(apply_rope(query, *rope), key, value, cache)
         x = x + self.o_proj(mixed.reshape(b, t, -1), keys[3])
         h = self.post_norm(x)
         x = x + self.down_proj(jax.nn.silu(self.gate_proj(h, keys[4])) * self.up_proj(h, keys[5]), keys[6])
@@ -97,6 +108,39 @@ class Decoder(nnx.Module):
             body = jax.checkpoint(body)
         x, caches = jax.lax.scan(body, x, (state, caches, keys), length=self.arch.layers)
         return self.norm(x), caches
+
+    def prefilled(
+        self,
+        tokens: Int[Array, "B T"],
+        positions: Int[Array, "B T"],
+        last: Int[Array, "B"],
+        attend: Callable[[Array, Array, Array, Any], Array],
+        attend_last: Callable[[Array, Array, Array, Any], Array],
+        caches: Any = None,
+    ) -> tuple[Float[Array, "B 1 D"], tuple[Float[Array, "layers B T K H"], Float[Array, "layers B T K H"]]]:
+        """The final hidden state of one token of each row, and the keys and values of all tokens in all layers.
+
+        The last layer's outputs are computed for that token alone: `attend_last` gets its query [B, 1, N, H], `attend` all
+        queries. Both get one layer of `caches`.
+        """
+        x = self.embed_tokens.embed(tokens, self.dtype)
+        rope = rope_tables(self.arch, positions)
+        graphdef, state = nnx.split(self.layers)
+
+        def layer(x: Array, at: Any, attend: Any, only: Array | None) -> tuple[Array, Any]:
+            # Layers are picked by number; slicing the stacked parameters for the scan would copy nearly all of them.
+            one, cache = jax.tree.map(lambda p: jax.lax.dynamic_index_in_dim(p, at, 0, keepdims=False), (state, caches))
+
+            def keeping(query: Array, key: Array, value: Array, cache: Any) -> tuple[Array, tuple[Array, Array]]:
+                return attend(query, key, value, cache), (key, value)
+
+            return nnx.merge(graphdef, one)(x, rope, keeping, cache, None, only)
+
+        count = self.arch.layers - 1
+        x, stacked = jax.lax.scan(lambda x, at: layer(x, at, attend, None), x, jnp.arange(count), length=count)
+        x, own = layer(x, count, attend_last, last[:, None])
+        key, value = (jnp.concatenate([s, o[None]]) for s, o in zip(stacked, own, strict=True))
+        return self.norm(x), (key, value)
 
     def packed_hidden(self, batch: Any, dropout_key: Array | None = None) -> Float[Array, "B T D"]:
         """Final hidden states of packed rows; `batch` has tokens, positions, segments, branches, forks [B, T]."""

@@ -8,11 +8,10 @@ import numpy as np
 import polars as pl
 from polars.exceptions import PolarsError
 
-from sftrec_jax.console import console
-from sftrec_jax.decode.recommender import Recommender
+from sftrec_jax.console import console, progress
 from sftrec_jax.errors import UserError
 from sftrec_jax.items.titles import TitleIndex
-from sftrec_jax.run.session import Session
+from sftrec_jax.run.session import Session, recommender
 from sftrec_jax.run.tables import recommendation_frame
 
 
@@ -75,14 +74,63 @@ def _items(value: Any, index: TitleIndex, by_id: dict[str, int]) -> list[int]:
     return [i for v in value or [] for i in ([by_id[str(v)]] if str(v) in by_id else index.split(str(v)))]
 
 
-def recommend(session: Session, names: Sequence[str], histories: Sequence[np.ndarray], k: int, keep_seen: bool) -> pl.DataFrame:
-    """Columns user, rank, item_id, title, score: the `k` best items for each history, without those in it."""
+def allowed_items(session: Session, only: Path | None, without: Path | None) -> np.ndarray | None:
+    """bool [n_items] of what two files of items (a line each, id or title) leave; None without files."""
+    if only is None and without is None:
+        return None
+    allowed = np.ones(len(session.dataset.item_ids), bool)
+    if only is not None:
+        allowed[:] = False
+        allowed[_listed(session, only)] = True
+    if without is not None:
+        allowed[_listed(session, without)] = False
+    if not allowed.any():
+        raise UserError("--only and --without leave no item of the catalogue; allow at least one")
+    return allowed
+
+
+def _listed(session: Session, path: Path) -> list[int]:
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror or error}); give a file with an item a line") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: byte {error.start} is not UTF-8; convert it with `iconv -t UTF-8`") from None
+    index, by_id = TitleIndex(session.codes.titles), {str(item): i for i, item in enumerate(session.dataset.item_ids)}
+    items: list[int] = []
+    for number, line in enumerate(lines, start=1):
+        if text := line.strip():
+            try:
+                items += [by_id[text]] if text in by_id else index.split(text)
+            except UserError as error:
+                raise UserError(f"{path}: line {number}: {error}") from None
+    if not items:
+        raise UserError(f"{path}: names no item; write at least one id or title")
+    return items
+
+
+def recommend(
+    session: Session,
+    names: Sequence[str],
+    histories: Sequence[np.ndarray],
+    k: int,
+    keep_seen: bool,
+    allowed: np.ndarray | None = None,
+) -> pl.DataFrame:
+    """Columns user, rank, item_id, title, score: the `k` best items for each history, without those in it.
+
+    `allowed`: bool [n_items] items that may be recommended, or None. Says how many lists are shorter than `k`.
+    """
     n_items = len(session.dataset.item_ids)
     if not 1 <= k <= n_items:
         raise UserError(f"--k {k}: the catalogue has {n_items:,} items; use a number from 1 to {n_items}")
     decoder, step = session.trained_decoder()
-    console.print(f"model of {session.folder.path}, step {step}")
-    recommender = Recommender(decoder, session.codes, session.config.decode, session.mesh)
+    by = session.config.decode.normaliser
+    console.print(f"model of {session.folder.path}, step {step}" + ("" if by == "full" else f", scores normalised over {by}"))
     prompts = [session.prompts.prompt(h) for h in histories]
-    ranking = recommender.rank(prompts, None if keep_seen else list(histories), k)
+    seen = None if keep_seen else list(histories)
+    ranking = recommender(session, decoder).rank(prompts, seen, k, progress("recommending", len(prompts)), allowed)
+    short = int((ranking.items < 0).any(axis=1).sum())
+    if short:
+        console.print(f"{short:,} of {len(prompts):,} lists are shorter than {k}: no other item is left to recommend")
     return recommendation_frame(list(names), session.dataset.item_ids, session.codes.titles, ranking)

@@ -9,12 +9,13 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from sftrec_jax.config import RunConfig
+from sftrec_jax.config import DecodeConfig, RunConfig
 from sftrec_jax.config_file import load_config
 from sftrec_jax.console import console
 from sftrec_jax.data.dataset import Dataset
 from sftrec_jax.data.prepare import prepare_dataset
 from sftrec_jax.data.prompts import PromptBuilder, prompt_builder
+from sftrec_jax.decode.recommender import Recommender
 from sftrec_jax.errors import UserError
 from sftrec_jax.items.codes import ItemCodes
 from sftrec_jax.model.decoder import Decoder
@@ -148,3 +149,8 @@ def describe_devices(mesh: Mesh) -> str:
     device = jax.devices()[0]
     shape = ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
     return f"{mesh.size} {device.platform} device(s) ({device.device_kind}), mesh {shape}"
+
+
+def recommender(session: Session, decoder: Decoder, config: DecodeConfig | None = None) -> Recommender:
+    """Decoding with a decoder of the run; `config` instead of the run's own."""
+    return Recommender(decoder, session.codes, config or session.config.decode, session.mesh, session.prompts.beginning)

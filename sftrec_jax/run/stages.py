@@ -1,8 +1,6 @@
-"""The stages of a run after `prepare`: train, evaluate, export. Each takes an open session and leaves files."""
+"""The stages of a run after `prepare`: train and export (and `evaluation.py`). Each takes an open session and leaves files."""
 
 import json
-import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +11,7 @@ from jax.sharding import NamedSharding
 
 from sftrec_jax.config import TrainConfig
 from sftrec_jax.console import console
-from sftrec_jax.decode.groups import CodeGroups
-from sftrec_jax.decode.recommender import Ranking, Recommender
 from sftrec_jax.errors import UserError
-from sftrec_jax.evaluate.baselines import Markov, Popularity
-from sftrec_jax.evaluate.metrics import DEFAULT_KS, ranking_metrics
 from sftrec_jax.items.index_file import write_index
 from sftrec_jax.items.paths import codes_paths
 from sftrec_jax.model.cards import CardInfo
@@ -25,18 +19,12 @@ from sftrec_jax.model.decoder import Decoder
 from sftrec_jax.model.export import export_adapter, export_merged
 from sftrec_jax.model.load import compute_dtype
 from sftrec_jax.model.sharding import BATCH, with_arrays
-from sftrec_jax.run.folder import write_json
-from sftrec_jax.run.session import Session, describe_devices
-from sftrec_jax.run.tables import metrics_table, write_recommendations
+from sftrec_jax.run.evaluation import Asked, draw, list_metrics
+from sftrec_jax.run.session import Session, describe_devices, recommender
 from sftrec_jax.train.batches import BatchPlan
 from sftrec_jax.train.calibrate import calibrate
 from sftrec_jax.train.loop import TrainResult, train
 from sftrec_jax.train.optimizer import rows_only_steps
-
-RECOMMENDED = 10
-"""Items a user in recommendations.parquet."""
-
-PROGRESS_SECONDS = 15.0
 
 CARD_METRICS = ("recall@5", "recall@10", "ndcg@5", "ndcg@10", "mrr")
 
@@ -98,9 +86,9 @@ class _Validator:
 
     def __init__(self, session: Session, decoder: Decoder):
         self.session = session
-        self.users = _draw(np.flatnonzero(session.dataset.valid_position >= 0), session.config.train.validate_users, session)
-        self.asked = _Asked(session, self.users, session.dataset.valid_position)
-        self.recommender = Recommender(decoder, session.codes, session.config.decode, session.mesh)
+        self.users = draw(np.flatnonzero(session.dataset.valid_position >= 0), session.config.train.validate_users, session)
+        self.asked = Asked(session, self.users, session.dataset.valid_position)
+        self.recommender = recommender(session, decoder)
 
     def __call__(self, decoder: Decoder) -> dict[str, float]:
         if not len(self.users):
@@ -108,108 +96,8 @@ class _Validator:
         self.recommender.update(decoder)
         k = min(self.session.config.decode.top_k, len(self.session.dataset.item_ids))
         ranking = self.recommender.rank(self.asked.prompts, self.asked.histories, k)
-        metrics = _metrics(ranking.items, self.asked.targets, self.recommender.groups, self.asked.histories)
+        metrics = list_metrics(ranking.items, self.asked.targets, self.recommender.groups, self.asked.histories)
         return {**metrics, "users": float(len(self.users))}
-
-
-class _Asked:
-    """Prompts and targets of some users at the given positions of their histories (-1: after the whole history)."""
-
-    def __init__(self, session: Session, users: np.ndarray, positions: np.ndarray):
-        histories = [session.dataset.history(int(u)) for u in users]
-        ends = [len(h) if positions[u] < 0 else int(positions[u]) for u, h in zip(users, histories, strict=True)]
-        self.histories = [h[:end] for h, end in zip(histories, ends, strict=True)]
-        self.targets = np.asarray([h[end] if end < len(h) else -1 for h, end in zip(histories, ends, strict=True)], np.int32)
-        self.prompts = [session.prompts.prompt(h) for h in self.histories]
-
-
-def _draw(users: np.ndarray, count: int | None, session: Session) -> np.ndarray:
-    if count is None or count >= len(users):
-        return users
-    return np.sort(np.random.default_rng(session.config.train.seed).permutation(users)[:count])
-
-
-def _metrics(
-    items: np.ndarray, targets: np.ndarray, groups: CodeGroups | None = None, exclude: Sequence[np.ndarray] | None = None
-) -> dict[str, float]:
-    """Metrics of lists; with `groups` items that share a code are tied. `exclude`: what was left out of each list."""
-    ties = groups.ties(items, targets, exclude) if groups is not None and groups.shared else None
-    padded = np.full((len(items), max(DEFAULT_KS)), -1, np.int32)
-    width = min(items.shape[1], padded.shape[1])
-    padded[:, :width] = items[:, :width]
-    return ranking_metrics(padded, targets, ties=ties)
-
-
-def evaluate_stage(session: Session, decoder: Decoder, step: int) -> dict[str, Any]:
-    """Ranks the full catalogue for every test user; leaves `metrics.json` and `recommendations.parquet`."""
-    begin = time.monotonic()
-    dataset, config = session.dataset, session.config
-    k = min(config.decode.top_k, len(dataset.item_ids))
-    with_target = _draw(np.flatnonzero(dataset.test_position >= 0), config.evaluate.users, session)
-    others = np.flatnonzero(dataset.test_position < 0) if config.evaluate.users is None else with_target[:0]
-    users = np.concatenate([with_target, others])
-    asked = _Asked(session, users, dataset.test_position)
-    recommender = Recommender(decoder, session.codes, config.decode, session.mesh)
-    masked, unmasked = recommender.rank_both(asked.prompts, asked.histories, k, _progress("evaluating", len(users)))
-    tested = len(with_target)
-    targets, histories = asked.targets[:tested], asked.histories[:tested]
-    groups = recommender.groups
-    rows: dict[str, tuple[np.ndarray, np.ndarray, CodeGroups | None]] = {
-        "model": (masked.items[:tested], unmasked.items[:tested], groups)
-    }
-    fit = (dataset.offsets, dataset.items, dataset.train_end, len(dataset.item_ids))
-    for name, baseline in (("popularity", Popularity.fit(*fit)), ("markov", Markov.fit(*fit))):
-        rows[name] = (baseline.rank(histories, k, True), baseline.rank(histories, k, False), None)
-    result: dict[str, Any] = {
-        name: _metrics(seen_masked, targets, tied, histories)
-        | {f"{key}_unmasked": v for key, v in _metrics(plain, targets, tied).items()}
-        for name, (seen_masked, plain, tied) in rows.items()
-    } if tested else {name: {} for name in rows}  # fmt: skip
-    sample = _draw(np.arange(len(users)), config.evaluate.unconstrained_users, session)
-    rate = None
-    most = min(RECOMMENDED, config.decode.beam)
-    if len(sample):
-        rate = recommender.invalid_rate([asked.prompts[i] for i in sample], most, _progress("unconstrained", len(sample)))
-    result |= {
-        "users": tested,
-        "invalid_rate_unconstrained": rate,
-        "invalid_rate_unconstrained_users": len(sample),
-        "checkpoint_step": step,
-        "items": len(dataset.item_ids),
-        "seconds_evaluating": round(time.monotonic() - begin, 1),
-    }
-    if groups.shared:
-        result["items_sharing_a_code"] = groups.shared
-    write_json(session.folder.metrics, result)
-    top = min(RECOMMENDED, k)
-    write_recommendations(
-        session.folder.recommendations,
-        dataset,
-        session.codes.titles,
-        users,
-        Ranking(masked.items[:, :top], masked.scores[:, :top]),
-    )
-    console.print(metrics_table(result))
-    if groups.shared:
-        console.print(f"{groups.shared:,} items share a code with others; the ranks of these are expected ones")
-    if rate is not None:
-        console.print(
-            f"without the constraint {rate:.1%} of the top {most} ({len(sample)} users) would be no item; with it, none is"
-        )
-    return result
-
-
-def _progress(what: str, total: int) -> Any:
-    done, shown = 0, time.monotonic()
-
-    def report(finished: int) -> None:
-        nonlocal done, shown
-        done += finished
-        if time.monotonic() - shown > PROGRESS_SECONDS:
-            shown = time.monotonic()
-            console.print(f"{what}: {done} of {total} users")
-
-    return report
 
 
 def _card(session: Session, command: str) -> CardInfo:

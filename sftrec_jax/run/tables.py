@@ -17,7 +17,9 @@ SHOWN = ("recall@5", "ndcg@5", "recall@10", "ndcg@10", "recall@20", "ndcg@20", "
 
 def metrics_table(result: dict[str, Any]) -> Table:
     """Model and baselines, seen items masked."""
-    table = Table(title=f"test: {result['users']} users, all {result['items']:,} items, seen items masked")
+    by = result.get("normaliser", "full")
+    how = "" if by == "full" else f", scores normalised over {by}"
+    table = Table(title=f"test: {result['users']} users, all {result['items']:,} items, seen items masked{how}")
     table.add_column("")
     for name in SHOWN:
         table.add_column(name.replace("recall", "R").replace("ndcg", "N").upper(), justify="right")

@@ -1,0 +1,155 @@
+"""Evaluation of a run: metrics over the full catalogue, baselines, what the model would write unconstrained, the exact audit."""
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from sftrec_jax.console import console, progress
+from sftrec_jax.decode.audit import exact_ranking, missed
+from sftrec_jax.decode.grounding import Grounder
+from sftrec_jax.decode.groups import CodeGroups
+from sftrec_jax.decode.recommender import Ranking, Recommender
+from sftrec_jax.evaluate.baselines import Markov, Popularity
+from sftrec_jax.evaluate.metrics import DEFAULT_KS, ranking_metrics
+from sftrec_jax.model.decoder import Decoder
+from sftrec_jax.run.folder import write_json
+from sftrec_jax.run.session import Session, recommender
+from sftrec_jax.run.tables import metrics_table, write_recommendations
+
+RECOMMENDED = 10
+"""Items a user in recommendations.parquet."""
+BIGREC_BEAMS = 4
+"""As in the paper; the best is grounded."""
+
+
+class Asked:
+    """Prompts and targets of some users at the given positions of their histories (-1: after the whole history)."""
+
+    def __init__(self, session: Session, users: np.ndarray, positions: np.ndarray):
+        histories = [session.dataset.history(int(u)) for u in users]
+        ends = [len(h) if positions[u] < 0 else int(positions[u]) for u, h in zip(users, histories, strict=True)]
+        self.histories = [h[:end] for h, end in zip(histories, ends, strict=True)]
+        self.targets = np.asarray([h[end] if end < len(h) else -1 for h, end in zip(histories, ends, strict=True)], np.int32)
+        self.prompts = [session.prompts.prompt(h) for h in self.histories]
+
+
+def draw(users: np.ndarray, count: int | None, session: Session) -> np.ndarray:
+    """`count` of them, drawn by the run's seed, in their order; all of them for None."""
+    if count is None or count >= len(users):
+        return users
+    return np.sort(np.random.default_rng(session.config.train.seed).permutation(users)[:count])
+
+
+def list_metrics(
+    items: np.ndarray, targets: np.ndarray, groups: CodeGroups | None = None, exclude: Sequence[np.ndarray] | None = None
+) -> dict[str, float]:
+    """Metrics of lists; with `groups` items that share a code are tied. `exclude`: what was left out of each list."""
+    ties = groups.ties(items, targets, exclude) if groups is not None and groups.shared else None
+    padded = np.full((len(items), max(DEFAULT_KS)), -1, np.int32)
+    width = min(items.shape[1], padded.shape[1])
+    padded[:, :width] = items[:, :width]
+    return ranking_metrics(padded, targets, ties=ties)
+
+
+def evaluate_stage(session: Session, decoder: Decoder, step: int, exact: bool = False) -> dict[str, Any]:
+    """Ranks the full catalogue for every test user; leaves `metrics.json` and `recommendations.parquet`.
+
+    `exact`: also count what the beam missed, see `decode/audit.py`.
+    """
+    begin = time.monotonic()
+    dataset, config = session.dataset, session.config
+    k = min(config.decode.top_k, len(dataset.item_ids))
+    with_target = draw(np.flatnonzero(dataset.test_position >= 0), config.evaluate.users, session)
+    others = np.flatnonzero(dataset.test_position < 0) if config.evaluate.users is None else with_target[:0]
+    users = np.concatenate([with_target, others])
+    asked = Asked(session, users, dataset.test_position)
+    decode = recommender(session, decoder)
+    masked, unmasked = decode.rank_both(asked.prompts, asked.histories, k, progress("evaluating", len(users)))
+    tested = len(with_target)
+    targets, histories = asked.targets[:tested], asked.histories[:tested]
+    groups = decode.groups
+    rows: dict[str, tuple[np.ndarray, np.ndarray, CodeGroups | None]] = {
+        "model": (masked.items[:tested], unmasked.items[:tested], groups)
+    }
+    fit = (dataset.offsets, dataset.items, dataset.train_end, len(dataset.item_ids))
+    for name, baseline in (("popularity", Popularity.fit(*fit)), ("markov", Markov.fit(*fit))):
+        rows[name] = (baseline.rank(histories, k, True), baseline.rank(histories, k, False), None)
+    result: dict[str, Any] = {
+        name: list_metrics(seen_masked, targets, tied, histories)
+        | {f"{key}_unmasked": v for key, v in list_metrics(plain, targets, tied).items()}
+        for name, (seen_masked, plain, tied) in rows.items()
+    } if tested else {name: {} for name in rows}  # fmt: skip
+    result |= {"users": tested, "checkpoint_step": step, "items": len(dataset.item_ids)}
+    result |= {"beam": config.decode.beam, "normaliser": config.decode.normaliser}
+    if groups.shared:
+        result["items_sharing_a_code"] = groups.shared
+    remarks = _unconstrained(session, decode, asked, result)
+    if tested and config.evaluate.grounding_users:
+        remarks += _grounded(session, decoder, decode, asked, masked, tested, result)
+    if tested and exact:
+        remarks += _exact(decode, asked, masked, tested, k, result)
+    result["seconds_evaluating"] = round(time.monotonic() - begin, 1)
+    write_json(session.folder.metrics, result)
+    top = min(RECOMMENDED, k)
+    lists = Ranking(masked.items[:, :top], masked.scores[:, :top])
+    write_recommendations(session.folder.recommendations, dataset, session.codes.titles, users, lists)
+    console.print(metrics_table(result))
+    if groups.shared:
+        console.print(f"{groups.shared:,} items share a code with others; the ranks of these are expected ones")
+    for remark in remarks:
+        console.print(remark)
+    return result
+
+
+def _unconstrained(session: Session, decode: Recommender, asked: Asked, result: dict[str, Any]) -> list[str]:
+    """How much of what the model writes with no catalogue to hold it is no item."""
+    sample = draw(np.arange(len(asked.prompts)), session.config.evaluate.unconstrained_users, session)
+    result |= {"invalid_rate_unconstrained": None, "invalid_rate_unconstrained_users": len(sample)}
+    if not len(sample):
+        return []
+    most = min(RECOMMENDED, session.config.decode.beam)
+    rate = decode.invalid_rate([asked.prompts[i] for i in sample], most, progress("unconstrained", len(sample)))
+    result["invalid_rate_unconstrained"] = rate
+    return [f"without the constraint {rate:.1%} of the top {most} ({len(sample)} users) would be no item; with it, none is"]
+
+
+def _grounded(
+    session: Session, decoder: Decoder, decode: Recommender, asked: Asked, masked: Ranking, tested: int, result: dict[str, Any]
+) -> list[str]:
+    """The items nearest to what the model writes freely (see `Grounder`), beside its own lists for the same users."""
+    sample = draw(np.arange(tested), session.config.evaluate.grounding_users, session)
+    prompts, histories = [asked.prompts[i] for i in sample], [asked.histories[i] for i in sample]
+    tokens, scores = decode.generate(prompts, min(BIGREC_BEAMS, session.config.decode.beam), progress("free text", len(sample)))
+    grounder = Grounder(decoder, session.codes, session.mesh)
+    lists = grounder.rank(tokens, scores, masked.items.shape[1], histories)
+    found = list_metrics(lists.items, asked.targets[sample], decode.groups, histories)
+    own = list_metrics(masked.items[sample], asked.targets[sample], decode.groups, histories)
+    result["bigrec"] = found | {"users": len(sample), "model_recall@10": own["recall@10"], "model_ndcg@10": own["ndcg@10"]}
+    free, held = (f"R@10 {m['recall@10']:.4f} N@10 {m['ndcg@10']:.4f}" for m in (found, own))
+    return [f"free text and its nearest items (BIGRec), {len(sample)} users: {free}; constrained, the same users: {held}"]
+
+
+def _exact(decode: Recommender, asked: Asked, masked: Ranking, tested: int, k: int, result: dict[str, Any]) -> list[str]:
+    """How many of the exact top K the beam missed."""
+    begin = time.monotonic()
+    histories = asked.histories[:tested]
+    exact = exact_ranking(decode, asked.prompts[:tested], histories, k, progress("exact", tested))
+    lost = missed(Ranking(masked.items[:tested], masked.scores[:tested]), exact.ranking)
+    metrics = list_metrics(exact.ranking.items, asked.targets[:tested], decode.groups, histories)
+    result["exact"] = metrics | {
+        "k": k,
+        "beam": decode.config.beam,
+        "missed": int(lost.sum()),
+        "missed_share": float(lost.sum() / max(1, (exact.ranking.items >= 0).sum())),
+        "users_with_missed": int((lost > 0).sum()),
+        "widest_beam": int(exact.widths.max()),
+        "seconds": round(time.monotonic() - begin, 1),
+    }
+    one = result["exact"]
+    return [
+        f"exact: of the top {k} of the whole catalogue the beam of {one['beam']} missed {one['missed']:,} "
+        f"({one['missed_share']:.2%}; {one['users_with_missed']:,} of {tested:,} users); exact R@10 {metrics['recall@10']:.4f} "
+        f"N@10 {metrics['ndcg@10']:.4f}; {one['seconds']:.0f} s, at most {one['widest_beam']:,} beams"
+    ]
