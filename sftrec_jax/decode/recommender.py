@@ -119,14 +119,14 @@ class Recommender:
         Raises: UserError for k beyond the catalogue or the beam, an empty prompt, one over the context, an allow-list without
             items, or NaN scores.
         """
-        masked, plain, _ = self._rank(prompts, exclude, k, progress, allowed)
+        masked, plain = self._rank(prompts, exclude, k, progress, allowed)
         return plain if masked is None else masked
 
     def rank_both(
         self, prompts: Sequence[np.ndarray], seen: Sequence[np.ndarray], k: int, progress: Progress | None = None
     ) -> tuple[Ranking, Ranking]:
         """Rankings (without seen items, with them) from one pass over the prompts; see `rank`."""
-        masked, plain, _ = self._rank(prompts, seen, k, progress, None, both=True)
+        masked, plain = self._rank(prompts, seen, k, progress, None, both=True)
         assert masked is not None
         return masked, plain
 
@@ -148,7 +148,8 @@ class Recommender:
         def chooser(rows: np.ndarray, size: int) -> Chooser:
             return Gumbel(keys[np.pad(rows, (0, size - len(rows)))])
 
-        masked, plain, _ = self._rank(prompts, exclude, k, progress, allowed, chooser)
+        # Draws need no wider beam than there are draws.
+        masked, plain = self._rank(prompts, exclude, k, progress, allowed, chooser, beam=min(k, self.tree.n_leaves))
         return plain if masked is None else masked
 
     def diverse(
@@ -168,7 +169,7 @@ class Recommender:
         if not 1 <= groups <= self._beam(k):
             raise UserError(f"{groups} groups of {self._beam(k)} beams: use a number from 1 to {self._beam(k)}")
         chooser = Diverse(jnp.float32(penalty), groups)
-        masked, plain, _ = self._rank(prompts, exclude, k, progress, allowed, lambda rows, size: chooser, wide=groups)
+        masked, plain = self._rank(prompts, exclude, k, progress, allowed, lambda rows, size: chooser, wide=groups)
         return plain if masked is None else masked
 
     def log_probabilities(self, prompts: Sequence[np.ndarray], items: np.ndarray, progress: Progress | None = None) -> np.ndarray:
@@ -252,11 +253,12 @@ class Recommender:
         chooser: Callable[[np.ndarray, int], Chooser] | None = None,
         both: bool = False,
         wide: int = 1,
-    ) -> tuple[Ranking | None, Ranking, Any]:
+        beam: int | None = None,
+    ) -> tuple[Ranking | None, Ranking]:
         # Codes are searched, and k of them are enough: each that is not pruned has an item to return.
         searched = min(k, self.tree.n_leaves)
         self.check(prompts)
-        self.check_k(k, self.tree.n_items, "the catalogue", searched)
+        self.check_k(k, self.tree.n_items, "the catalogue", searched if beam is None else 0)
         if exclude is not None and len(exclude) != len(prompts):
             raise ValueError(f"{len(prompts)} prompts but {len(exclude)} lists of items to exclude")
         pruner = Pruner(self.tree, self.index, self.groups, len(prompts), exclude, allowed)
@@ -264,7 +266,7 @@ class Recommender:
             searched = min(k, self._beam(k))
         # `wide` groups of beams share k, so each needs its part, rounded up.
         searched = -(-searched // wide) * wide
-        beam = max(self._beam(searched), searched)
+        beam = max(self._beam(searched) if beam is None else beam, searched)
         masked, plain = (Ranking.empty(len(prompts), k) for _ in range(2))
 
         def store(rows: np.ndarray, found: Any) -> None:
@@ -274,7 +276,7 @@ class Recommender:
 
         self.search(prompts, pruner, searched, beam, self.config.batch_users, chooser, store, progress, both)
         left_out = exclude is not None or allowed is not None
-        return masked if left_out else None, plain, None
+        return masked if left_out else None, plain
 
     def items(self, into: Ranking, rows: np.ndarray, found: Any, pruner: Pruner | None) -> None:
         """Writes the lists of `rows` from states and scores [at least len(rows), K], of which the first are theirs."""

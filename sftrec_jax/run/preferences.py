@@ -3,7 +3,7 @@
 import json
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -95,13 +95,11 @@ def write_preferences(
     decoder, step = session.trained_decoder()
     dtype, why = compute_dtype(session.config.model)
     console.print(f"model of {session.folder.path}, step {step}; log-probabilities in {dtype.name} ({why})")
-    # Draws do not depend on each other through the beam, so no wider one is needed than there are draws.
-    decode = replace(session.config.decode, beam=negatives, top_k=negatives)
     pairs = with_pairs = inexact = 0
     temporary = out.with_name(f".{out.name}.{os.getpid()}")
     try:
         with temporary.open("w", encoding="utf-8") as file:
-            for lines in _users(session, recommender(session, decoder, decode), chosen_users, negatives, seed):
+            for lines in _users(session, recommender(session, decoder), chosen_users, negatives, seed):
                 pairs, with_pairs = pairs + len(lines), with_pairs + bool(lines)
                 inexact += sum(not line["text_is_exact"] for line in lines)
                 file.writelines(json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n" for line in lines)

@@ -9,7 +9,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from sftrec_jax.config import DecodeConfig, RunConfig
+from sftrec_jax.config import RunConfig
 from sftrec_jax.config_file import load_config
 from sftrec_jax.console import console
 from sftrec_jax.data.dataset import Dataset
@@ -151,6 +151,6 @@ def describe_devices(mesh: Mesh) -> str:
     return f"{mesh.size} {device.platform} device(s) ({device.device_kind}), mesh {shape}"
 
 
-def recommender(session: Session, decoder: Decoder, config: DecodeConfig | None = None) -> Recommender:
-    """Decoding with a decoder of the run; `config` instead of the run's own."""
-    return Recommender(decoder, session.codes, config or session.config.decode, session.mesh, session.prompts.beginning)
+def recommender(session: Session, decoder: Decoder) -> Recommender:
+    """Decoding with a decoder of the run."""
+    return Recommender(decoder, session.codes, session.config.decode, session.mesh, session.prompts.beginning)
