@@ -190,13 +190,25 @@ def _evaluate(args: argparse.Namespace, extra: Sequence[str], argv: Sequence[str
     evaluate_stage(session, *session.trained_decoder(), exact=args.exact)
 
 
+def _check_extra(verb: str, extra: Sequence[str]) -> None:
+    """UserError for options that neither the verb nor the part of the config that it may change has."""
+    if verb in ("run", "prepare"):
+        return  # with the config, which knows all fields
+    sections = ("--decode.", "--evaluate.") if verb in ("evaluate", "recommend") else ()
+    for at, word in enumerate(extra):
+        if word.startswith("--") and "." in word and sections and not word.startswith(sections):
+            raise UserError(f"{word.split('=')[0]} would change a finished run; only options of decode and evaluate can be given")
+        if not word.startswith(sections) and (word.startswith("--") or at == 0 or not sections):
+            raise UserError(f"unknown option {word}; see sftrec {verb} --help")
+
+
 def _session(run: Path, extra: Sequence[str]) -> "Session":
     """A run, decoded and evaluated as the options say."""
     from sftrec_jax.overrides import overridden
     from sftrec_jax.run.session import open_session
 
     session = open_session(run)
-    return dataclasses.replace(session, config=overridden(session.config, extra, ("decode", "evaluate"))) if extra else session
+    return dataclasses.replace(session, config=overridden(session.config, extra)) if extra else session
 
 
 def _export(args: argparse.Namespace, extra: Sequence[str], argv: Sequence[str]) -> None:
@@ -304,8 +316,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
     try:
         args, extra = _parser().parse_known_args(argv)
-        if extra and args.verb not in ("run", "prepare", "evaluate", "recommend"):
-            raise UserError(f"unknown option {extra[0]}; see sftrec {args.verb} --help")
+        _check_extra(args.verb, extra)
         VERBS[args.verb](args, extra, argv)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

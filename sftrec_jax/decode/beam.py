@@ -120,6 +120,7 @@ def follow(
 ) -> tuple[Beams, Int[Array, "B new"]]:
     """The beams at the places that a chooser named, and the beam that each continues."""
     b, _, k = found.scores.shape
+    none, places = places < 0, jnp.maximum(places, 0)
     parent, slot = places // k, places % k
 
     def pick(values: Array) -> Array:
@@ -132,7 +133,8 @@ def follow(
     if written is not None and stays is not None:
         written = jnp.take_along_axis(written, parent[..., None], axis=1)
         written = lax.dynamic_update_index_in_dim(written, jnp.where(stays, -1, token), found.level, 2)
-    return Beams(pick(found.scores), space.child(span, state, slot, stays), token, written), parent
+    score = jnp.where(none, -jnp.inf, pick(found.scores))
+    return Beams(score, space.child(span, state, slot, stays), token, written), parent
 
 
 class Search(NamedTuple):
@@ -155,6 +157,8 @@ class Search(NamedTuple):
         span = min(level, len(space.tokens) - 1) if isinstance(level, int) else len(space.tokens) - 1
         logits = level_logits(self.decoder.head, hidden, space.tokens[span], self.tables[span])
         norm = prefix_log_z(self.normaliser, self.decoder, hidden, logits, space.every)
+        # What comes after differs by layout; fused with it, sums would be rounded differently.
+        logits, norm = lax.optimization_barrier((logits, norm))
         found = candidates(space, span, beams, logits, norm, self.pruned, level, last)
         places, carried = self.chooser.choose(found, carried, width)
         beams, parent = follow(space, span, beams, found, places)
@@ -178,11 +182,17 @@ class Search(NamedTuple):
                 norm = prefix_log_z(self.normaliser, self.decoder, here, logits, space.every)
                 assert norm is not None
                 score = score + norm.log_prob(jnp.take_along_axis(logits, code[..., None], axis=2))[..., 0]
-        x = score[..., None]
-        only = Candidates(x, jnp.zeros_like(x), x > -jnp.inf, None, None, 1, state, level, True)
+        return self.finish(Beams(score, state, beams.token, None), carried, level, width)
+
+    def finish(self, beams: Beams, carried: Any, level: int | Array, width: int) -> tuple[Beams, Any]:
+        """The best of beams that are complete."""
+        x = beams.score[..., None]
+        only = Candidates(x, jnp.zeros_like(x), x > -jnp.inf, None, None, 1, beams.state, level, True)
         places, carried = self.chooser.choose(only, carried, width)
-        score, state, token = (jnp.take_along_axis(v, places, axis=1) for v in (score, state, beams.token))
-        return Beams(score, state, token, None), carried
+        none, places = places < 0, jnp.maximum(places, 0)
+        score, state, token = (jnp.take_along_axis(v, places, axis=1) for v in beams[:3])
+        written = None if beams.written is None else jnp.take_along_axis(beams.written, places[..., None], axis=1)
+        return Beams(jnp.where(none, -jnp.inf, score), state, token, written), carried
 
 
 def search(
@@ -197,7 +207,7 @@ def search(
 ) -> tuple[Beams, Any]:
     """The best `last_width` complete beams, fewer where fewer can exist, in falling order; and what the chooser carries.
 
-    `width` beams are kept between levels, and after the last one where levels run in a loop.
+    `width` beams are kept between levels.
     """
     b, levels = prefix.hidden.shape[0], space.length
     chooser = Best() if chooser is None else chooser
@@ -228,6 +238,7 @@ def search(
     score = _widen(beams.score, width, -jnp.inf)
     written = None if beams.written is None else _widen(beams.written, width, -1)
     beams = Beams(score, _widen(beams.state, width, 0), _widen(beams.token, width, 0), written)
+    carried = jax.tree.map(lambda x: _widen(x, width, 0) if x.ndim > 1 else x, carried)
     rest = prefix.empty_tail(width, levels - unrolled)
     tail = tuple(
         jnp.concatenate([jax.vmap(lambda t: _widen(t, width, 0))(old), new], axis=3) for old, new in zip(tail, rest, strict=True)
@@ -243,8 +254,8 @@ def search(
         beams, carried, parent = this.step(beams, carried, hidden[:, :, 0], level, width, False)
         return level + 1, beams, carried, reorder(tail, parent)
 
-    _, beams, carried, _ = lax.while_loop(going, step, (jnp.int32(unrolled), beams, carried, tail))
-    return beams, carried
+    level, beams, carried, _ = lax.while_loop(going, step, (jnp.int32(unrolled), beams, carried, tail))
+    return this.finish(beams, carried, level, chooser.beams(last_width, width))
 
 
 def _widen(values: Array, width: int, fill: int | float) -> Array:

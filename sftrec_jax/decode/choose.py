@@ -39,7 +39,7 @@ class Candidates(NamedTuple):
 
 @runtime_checkable
 class Chooser(Protocol):
-    """A pytree. What it carries from level to level is its own affair."""
+    """A pytree. What it carries from level to level is its own affair, but arrays [B, W, ...] of it belong to the beams."""
 
     def beams(self, width: int, bound: int) -> int:
         """How many beams to keep where `width` are wanted and no more than `bound` can differ."""
@@ -50,7 +50,7 @@ class Chooser(Protocol):
         ...
 
     def choose(self, candidates: Candidates, carried: Any, width: int) -> tuple[Int[Array, "B new"], Any]:
-        """As many places in the flat [W * K] candidates as `beams` said (`width`), and what is carried on."""
+        """As many places in the flat [W * K] candidates as `beams` said (`width`), -1 for no beam; and what is carried on."""
         ...
 
 

@@ -1,7 +1,8 @@
 """Requests that leave out parts of the catalogue: as data, so that nothing is compiled again.
 
 A node is alive for a user when some item below it is neither left out for all (live bits) nor for this user (a list). The
-search then gives exactly what it would with a catalogue that lacks the other items, and so K items while there are K.
+search then gives exactly what it would with a catalogue that lacks the other items, and so K items while there are K. (Scores
+by a normaliser other than `full` still are over the tokens of the whole catalogue.)
 Shapes: n items, U leaves, B users, W beams, K slots, M masks, H listed nodes.
 """
 

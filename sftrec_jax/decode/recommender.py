@@ -168,6 +168,8 @@ class Recommender:
         """
         if not 1 <= groups <= self._beam(k):
             raise UserError(f"{groups} groups of {self._beam(k)} beams: use a number from 1 to {self._beam(k)}")
+        if not 0 <= penalty < float("inf"):
+            raise UserError(f"the penalty is {penalty}; use a log-probability of 0 or more")
         chooser = Diverse(jnp.float32(penalty), groups)
         masked, plain = self._rank(prompts, exclude, k, progress, allowed, lambda rows, size: chooser, wide=groups)
         return plain if masked is None else masked

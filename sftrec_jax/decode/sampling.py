@@ -48,8 +48,7 @@ class Gumbel:
         """See Chooser."""
         scores, valid = candidates.scores, candidates.valid & (candidates.scores > -jnp.inf)
         b, w, k = scores.shape
-        missing = w - carried.log_prob.shape[1]  # where levels begin to run in a loop, beams that do not exist are added
-        parent, above = (jnp.pad(x, ((0, 0), (0, missing)))[..., None] for x in carried)
+        parent, above = (x[..., None] for x in carried)
         logits = jnp.where(valid, candidates.logits, -jnp.inf)
         log_prob = jnp.where(valid, parent + log_z(logits).log_prob(logits), -jnp.inf)
         # One number for each code, whatever the slot it stands in: all layouts draw the same items.
@@ -76,8 +75,9 @@ class Diverse:
     """Beams in groups, each of which avoids the tokens that earlier groups took at the same level.
 
     Diverse beam search (Vijayakumar et al. 2018) with Hamming diversity: a group ranks by score less `penalty` times the
-    number of beams of earlier groups that took the same token. At the last level a group cannot take an item that an earlier
-    one took (of codes of more than 16 tokens it can). The width is divided by the number of groups, rounded down.
+    number of beams of earlier groups that took the same token. Codes that ended take none, and tokens from which on no code
+    of the catalogue has a choice do not count. In the end a group cannot take an item that an earlier one took. The width is
+    divided by the number of groups, rounded down. Items found stand in the order of their scores.
     """
 
     penalty: Leaf
@@ -97,26 +97,33 @@ class Diverse:
     ) -> tuple[Int[Array, "B new"], Int[Array, "B new"]]:
         """See Chooser."""
         scores = candidates.scores
-        b, w, k = scores.shape
-        each = width // self.groups
-        group = jnp.pad(carried, ((0, 0), (0, w - carried.shape[1])))[..., None]
+        b, _, k = scores.shape
+        each, none = width // self.groups, max(k, candidates.codes)
+        group = carried[..., None]
         slots = jnp.broadcast_to(jnp.arange(k, dtype=jnp.int32), scores.shape)
         code = slots if candidates.code is None else candidates.code
+        if candidates.ended is not None:
+            code = jnp.where(candidates.ended[..., None], none, code)
         states = jnp.broadcast_to(candidates.state[..., None], scores.shape)
-        taken, free, users = jnp.zeros((b, max(k, candidates.codes)), jnp.float32), scores, jnp.arange(b)[:, None]
+        taken, free, users = jnp.zeros((b, none + 1), jnp.float32), scores, jnp.arange(b)[:, None]
         out = []
         for number in range(self.groups):
             own = jnp.where((group == number) | (group < 0), free, -jnp.inf)
-            penalised = own - self.penalty * taken[users[..., None], code]
-            value, places = top_places(penalised, each)
-            out.append(places)
+            value, places = top_places(own - self.penalty * taken[users[..., None], code], each)
+            live = value != -jnp.inf  # NaN passes
+            out.append(jnp.where(live, places, -1))
 
             def pick(values: Array, places: Array = places) -> Array:
                 return jnp.take_along_axis(values.reshape(b, -1), places, axis=1)
 
-            taken = taken.at[users, pick(code)].add(jnp.where(value > -jnp.inf, 1.0, 0.0))
+            taken = taken.at[users, pick(code)].add(jnp.where(live, 1.0, 0.0)).at[:, none].set(0.0)
             if candidates.last:
                 same = (states[..., None] == pick(states)[:, None, None]) & (slots[..., None] == pick(slots)[:, None, None])
-                free = jnp.where((same & (value > -jnp.inf)[:, None, None]).any(-1), -jnp.inf, free)
+                free = jnp.where((same & live[:, None, None]).any(-1), -jnp.inf, free)
         chosen = jnp.concatenate(out, axis=1)
-        return chosen, jnp.broadcast_to(jnp.repeat(jnp.arange(self.groups, dtype=jnp.int32), each), chosen.shape)
+        groups = jnp.broadcast_to(jnp.repeat(jnp.arange(self.groups, dtype=jnp.int32), each), chosen.shape)
+        if candidates.last:
+            value = jnp.take_along_axis(scores.reshape(b, -1), jnp.maximum(chosen, 0), axis=1)
+            order = jnp.argsort(jnp.where(chosen < 0, jnp.inf, -value), axis=1, stable=True)
+            chosen, groups = (jnp.take_along_axis(x, order, axis=1) for x in (chosen, groups))
+        return chosen, groups
