@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sftrec_jax.evaluate.metrics import first_hit_ranks, ranking_metrics
+from sftrec_jax.run.evaluation import list_metrics
 
 
 def reference(ranked: list[list[int]], targets: list[int], k: int) -> tuple[float, float, float]:
@@ -103,3 +104,12 @@ def test_ties_that_cannot_be_are_refused() -> None:
     for first, tied in [([1], [1]), ([1, 1], [1, 0]), ([-1, 1], [1, 1]), ([1, 1], [1])]:
         with pytest.raises(ValueError, match="a place, 0 or more, and a number of items, 1 or more"):
             ranking_metrics(ranked, targets, (1,), (np.asarray(first), np.asarray(tied)))
+
+
+def test_cut_offs_beyond_the_lists_are_left_out() -> None:
+    """A list of 5 says nothing about recall at 10, unless the catalogue has no more than 5 items."""
+    lists, targets = np.asarray([[3, 1, 4, 0, 2]], np.int32), np.asarray([4], np.int32)
+    short = list_metrics(lists, targets, n_items=50)
+    assert set(short) == {f"{name}@{k}" for name in ("recall", "ndcg", "mrr") for k in (1, 5)}
+    assert short["recall@5"] == 1 and short["ndcg@5"] == pytest.approx(0.5)
+    assert list_metrics(lists, targets, n_items=5)["recall@20"] == 1

@@ -307,6 +307,17 @@ def test_requests_and_catalogues_compile_nothing(
     assert set(asked.values()) == {1}
 
 
+def test_more_draws_than_beams(pair: Pair, roomy: dict[str, Recommender]) -> None:
+    """Room for other catalogues or not: as many draws are made as are asked for, up to every item."""
+    n = len(FULL)
+    assert n > W
+    recommender = roomy["csr"]
+    recommender.swap(item_codes(FULL, NEW))
+    for one in (recommender, Recommender(pair[1], item_codes(FULL, NEW), DecodeConfig(W, K, 8, "csr"))):
+        for user in one.sample(PROMPTS, None, n, 3).items:
+            assert sorted(user.tolist()) == list(range(n))
+
+
 def test_bad_requests(pair: Pair, roomy: dict[str, Recommender]) -> None:
     recommender = roomy["dense"]
     recommender.swap(item_codes(FULL, NEW))
@@ -320,6 +331,14 @@ def test_bad_requests(pair: Pair, roomy: dict[str, Recommender]) -> None:
         (PROMPTS, nothing, n + 1, one, f"{n + 1} items a user were asked for but the catalogue has {n}"),
         (PROMPTS, nothing, W + 1, one, f"but decode.beam is {W}; raise decode.beam"),
         ([*PROMPTS[:4], np.zeros(62, np.int32)], nothing, K, one, "prompt 4 has 62 tokens and the answer 3, but .* is 64"),
+        (
+            [*PROMPTS[:3], np.asarray([3, 999]), PROMPTS[4]],
+            nothing,
+            K,
+            one,
+            "prompt 3 has the token 999, which the model does not",
+        ),
+        ([np.asarray([-5]), *PROMPTS[1:]], nothing, K, one, "prompt 0 has the token -5"),
     ]
     for prompts, deny, k, allowed, said in cases:
         with pytest.raises(UserError, match=said) as caught:
@@ -332,6 +351,9 @@ def test_bad_requests(pair: Pair, roomy: dict[str, Recommender]) -> None:
     for deny, allowed in wrong:
         with pytest.raises(ValueError):
             recommender.rank(PROMPTS, deny, K, allowed=allowed)
+    for items in ([[n]] * U, [[-2]] * U, [[0]] * (U - 1), [0] * U):
+        with pytest.raises(ValueError):
+            recommender.log_probabilities(PROMPTS, np.asarray(items, np.int32))
     with pytest.raises(UserError, match=f"capacity of {n - 1} items is less than the {n} of the catalogue; raise it"):
         Recommender(pair[1], item_codes(FULL, NEW), DecodeConfig(W, K), capacity=n - 1)
     graphdef, state = nnx.split(pair[1])

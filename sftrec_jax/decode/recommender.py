@@ -97,6 +97,9 @@ class Recommender:
     def update(self, decoder: Decoder) -> None:
         """Decodes with these parameters from now on; nothing is compiled again for a decoder of the same build."""
         self._context = decoder.arch.context
+        tokens = _all_tokens(decoder)
+        self._known = np.zeros(tokens.max() + 2, bool)  # the last entry: tokens beyond
+        self._known[tokens[tokens >= 0]] = True
         self._graphdef, self._state = nnx.split(decoder)
         self._shared: Shared | None = None
 
@@ -141,15 +144,17 @@ class Recommender:
     ) -> Ranking:
         """`k` distinct items drawn from the model after each prompt, in the order of drawing; see `Gumbel`.
 
-        Scores are those of `rank`. A user's draws depend on `seed` and the user's place in `prompts` alone.
+        Scores are those of `rank`. A user's draws depend on `seed` and the user's place in `prompts` alone (and, with a
+        capacity, on the room that it makes). `k` may exceed decode.beam.
         """
         keys = jax.random.split(jax.random.key(seed), max(1, len(prompts)))
 
         def chooser(rows: np.ndarray, size: int) -> Chooser:
             return Gumbel(keys[np.pad(rows, (0, size - len(rows)))])
 
-        # Draws need no wider beam than there are draws.
-        masked, plain = self._rank(prompts, exclude, k, progress, allowed, chooser, beam=min(k, self.tree.n_leaves))
+        # Draws need no wider beam than there are draws. With room the number is that of every catalogue, see `_rank`.
+        beam = min(k, self.tree.n_leaves) if self._room is None else k
+        masked, plain = self._rank(prompts, exclude, k, progress, allowed, chooser, beam=beam)
         return plain if masked is None else masked
 
     def diverse(
@@ -177,6 +182,10 @@ class Recommender:
     def log_probabilities(self, prompts: Sequence[np.ndarray], items: np.ndarray, progress: Progress | None = None) -> np.ndarray:
         """float32 [U, K] log-probability (`full`) of `items` int32 [U, K] after each prompt; -inf for item -1."""
         self.check(prompts)
+        if items.ndim != 2 or len(items) != len(prompts):
+            raise ValueError(f"{len(prompts)} prompts but items are {list(items.shape)}")
+        if items.size and not -1 <= items.min() <= items.max() < self.tree.n_items:
+            raise ValueError(f"items are {items.min()} to {items.max()}, the catalogue has 0 to {self.tree.n_items - 1}")
         out = np.full(items.shape, -np.inf, np.float32)
         codes = np.where(items[..., None] >= 0, self.codes.codes[:, : self.index.length][items], -1).astype(np.int32)
 
@@ -265,7 +274,7 @@ class Recommender:
             raise ValueError(f"{len(prompts)} prompts but {len(exclude)} lists of items to exclude")
         pruner = Pruner(self.tree, self.index, self.groups, len(prompts), exclude, allowed)
         if self._room is not None:  # the same number for every catalogue, or fewer codes than k would compile anew
-            searched = min(k, self._beam(k))
+            searched = min(k, self._beam(k) if beam is None else beam)
         # `wide` groups of beams share k, so each needs its part, rounded up.
         searched = -(-searched // wide) * wide
         beam = max(self._beam(searched) if beam is None else beam, searched)
@@ -307,7 +316,7 @@ class Recommender:
             raise UserError(f"{k} items a user were asked for but decode.beam is {self.config.beam}; raise decode.beam")
 
     def check(self, prompts: Sequence[np.ndarray]) -> None:
-        """Raises UserError for an empty prompt or one that the model's context cannot hold."""
+        """Raises UserError for an empty prompt, one that the context cannot hold, or tokens that the model does not have."""
         for row, prompt in enumerate(prompts):
             if not len(prompt):
                 raise UserError(f"prompt {row} is empty; a user without history needs prompt.format: instruct or a BOS token")
@@ -316,6 +325,12 @@ class Recommender:
                     f"prompt {row} has {len(prompt)} tokens and the answer {self.index.length}, "
                     f"but the model's context is {self._context}; lower prompt.max_history"
                 )
+        tokens = np.concatenate([np.zeros(0, np.int64), *prompts]).astype(np.int64)
+        foreign = ~self._known[np.clip(tokens, -1, len(self._known) - 1)] | (tokens < 0)
+        if foreign.any():
+            at = int(np.argmax(foreign))
+            row = int(np.searchsorted(np.cumsum([len(p) for p in prompts]), at, side="right"))
+            raise UserError(f"prompt {row} has the token {tokens[at]}, which the model does not have; use its own tokenizer")
 
     def _batches(
         self,

@@ -43,14 +43,30 @@ def draw(users: np.ndarray, count: int | None, session: Session) -> np.ndarray:
 
 
 def list_metrics(
-    items: np.ndarray, targets: np.ndarray, groups: CodeGroups | None = None, exclude: Sequence[np.ndarray] | None = None
+    items: np.ndarray,
+    targets: np.ndarray,
+    groups: CodeGroups | None = None,
+    exclude: Sequence[np.ndarray] | None = None,
+    n_items: int | None = None,
 ) -> dict[str, float]:
-    """Metrics of lists; with `groups` items that share a code are tied. `exclude`: what was left out of each list."""
+    """Metrics of lists; with `groups` items that share a code are tied. `exclude`: what was left out of each list.
+
+    With `n_items`, the size of the catalogue, cut-offs beyond lists that do not hold all of it are left out.
+    """
     ties = groups.ties(items, targets, exclude) if groups is not None and groups.shared else None
     padded = np.full((len(items), max(DEFAULT_KS)), -1, np.int32)
     width = min(items.shape[1], padded.shape[1])
     padded[:, :width] = items[:, :width]
-    return ranking_metrics(padded, targets, ties=ties)
+    found = ranking_metrics(padded, targets, ties=ties)
+    if n_items is None or items.shape[1] >= min(n_items, max(DEFAULT_KS)):
+        return found
+    return {name: v for name, v in found.items() if "@" in name and int(name.split("@")[1]) <= items.shape[1]}
+
+
+def _shown(metrics: dict[str, float]) -> str:
+    """Recall and NDCG at 10, or at the largest cut-off below that the lists have."""
+    k = max(k for k in DEFAULT_KS if k <= 10 and f"recall@{k}" in metrics)
+    return f"R@{k} {metrics[f'recall@{k}']:.4f} N@{k} {metrics[f'ndcg@{k}']:.4f}"
 
 
 def evaluate_stage(session: Session, decoder: Decoder, step: int, exact: bool = False) -> dict[str, Any]:
@@ -69,7 +85,7 @@ def evaluate_stage(session: Session, decoder: Decoder, step: int, exact: bool = 
     masked, unmasked = decode.rank_both(asked.prompts, asked.histories, k, progress("evaluating", len(users)))
     tested = len(with_target)
     targets, histories = asked.targets[:tested], asked.histories[:tested]
-    groups = decode.groups
+    groups, n_items = decode.groups, len(dataset.item_ids)
     rows: dict[str, tuple[np.ndarray, np.ndarray, CodeGroups | None]] = {
         "model": (masked.items[:tested], unmasked.items[:tested], groups)
     }
@@ -77,8 +93,8 @@ def evaluate_stage(session: Session, decoder: Decoder, step: int, exact: bool = 
     for name, baseline in (("popularity", Popularity.fit(*fit)), ("markov", Markov.fit(*fit))):
         rows[name] = (baseline.rank(histories, k, True), baseline.rank(histories, k, False), None)
     result: dict[str, Any] = {
-        name: list_metrics(seen_masked, targets, tied, histories)
-        | {f"{key}_unmasked": v for key, v in list_metrics(plain, targets, tied).items()}
+        name: list_metrics(seen_masked, targets, tied, histories, n_items)
+        | {f"{key}_unmasked": v for key, v in list_metrics(plain, targets, tied, None, n_items).items()}
         for name, (seen_masked, plain, tied) in rows.items()
     } if tested else {name: {} for name in rows}  # fmt: skip
     result |= {"users": tested, "checkpoint_step": step, "items": len(dataset.item_ids)}
@@ -124,10 +140,10 @@ def _grounded(
     tokens, scores = decode.generate(prompts, min(BIGREC_BEAMS, session.config.decode.beam), progress("free text", len(sample)))
     grounder = Grounder(decoder, session.codes, session.mesh)
     lists = grounder.rank(tokens, scores, masked.items.shape[1], histories)
-    found = list_metrics(lists.items, asked.targets[sample], decode.groups, histories)
-    own = list_metrics(masked.items[sample], asked.targets[sample], decode.groups, histories)
-    result["bigrec"] = found | {"users": len(sample), "model_recall@10": own["recall@10"], "model_ndcg@10": own["ndcg@10"]}
-    free, held = (f"R@10 {m['recall@10']:.4f} N@10 {m['ndcg@10']:.4f}" for m in (found, own))
+    found = list_metrics(lists.items, asked.targets[sample], decode.groups, histories, decode.tree.n_items)
+    own = list_metrics(masked.items[sample], asked.targets[sample], decode.groups, histories, decode.tree.n_items)
+    result["bigrec"] = found | {"users": len(sample)} | {f"model_{name}": value for name, value in own.items()}
+    free, held = _shown(found), _shown(own)
     return [f"free text and its nearest items (BIGRec), {len(sample)} users: {free}; constrained, the same users: {held}"]
 
 
@@ -137,7 +153,7 @@ def _exact(decode: Recommender, asked: Asked, masked: Ranking, tested: int, k: i
     histories = asked.histories[:tested]
     exact = exact_ranking(decode, asked.prompts[:tested], histories, k, progress("exact", tested))
     lost = missed(Ranking(masked.items[:tested], masked.scores[:tested]), exact.ranking)
-    metrics = list_metrics(exact.ranking.items, asked.targets[:tested], decode.groups, histories)
+    metrics = list_metrics(exact.ranking.items, asked.targets[:tested], decode.groups, histories, decode.tree.n_items)
     result["exact"] = metrics | {
         "k": k,
         "beam": decode.config.beam,
@@ -150,6 +166,6 @@ def _exact(decode: Recommender, asked: Asked, masked: Ranking, tested: int, k: i
     one = result["exact"]
     return [
         f"exact: of the top {k} of the whole catalogue the beam of {one['beam']} missed {one['missed']:,} "
-        f"({one['missed_share']:.2%}; {one['users_with_missed']:,} of {tested:,} users); exact R@10 {metrics['recall@10']:.4f} "
-        f"N@10 {metrics['ndcg@10']:.4f}; {one['seconds']:.0f} s, at most {one['widest_beam']:,} beams"
+        f"({one['missed_share']:.2%}; {one['users_with_missed']:,} of {tested:,} users); exact {_shown(metrics)}; "
+        f"{one['seconds']:.0f} s, at most {one['widest_beam']:,} beams"
     ]

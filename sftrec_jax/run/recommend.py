@@ -85,7 +85,7 @@ def allowed_items(session: Session, only: Path | None, without: Path | None) -> 
     if without is not None:
         allowed[_listed(session, without)] = False
     if not allowed.any():
-        raise UserError("--only and --without leave no item of the catalogue; allow at least one")
+        raise UserError(f"{only or without}: leaves no item of the catalogue to recommend; allow at least one")
     return allowed
 
 
@@ -103,9 +103,7 @@ def _listed(session: Session, path: Path) -> list[int]:
             try:
                 items += [by_id[text]] if text in by_id else index.split(text)
             except UserError as error:
-                raise UserError(f"{path}: line {number}: {error}") from None
-    if not items:
-        raise UserError(f"{path}: names no item; write at least one id or title")
+                raise UserError(f"{path}: line {number}: {str(error).removeprefix('history: ')}") from None
     return items
 
 
