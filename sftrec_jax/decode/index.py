@@ -186,8 +186,11 @@ def build_index(codes: np.ndarray | CodeTree, layout: Layout = "auto", room: Roo
     Raises: UserError for codes that `CodeTree` refuses, dense tables of 8 GB or more, or want of room.
     """
     tree = codes if isinstance(codes, CodeTree) else CodeTree.of(codes)
-    exact, room = room is None, room or Room.of(tree)
-    room.check(tree)
+    exact = room is None
+    if room is None:
+        room = Room.of(tree)
+    else:
+        room.check(tree)
     length, loops = tree.length, _loops(tree.length)
     rows = room.nodes[: len(tree.spans)]
     cells = sum(r * c for r, c in zip(rows[1:], room.codes[1:], strict=True))

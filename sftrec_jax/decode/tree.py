@@ -19,6 +19,9 @@ UNROLL_FIRST = 2
 """Of longer codes only the first levels have; all later ones share one set of arrays and run in a loop. Titles of MovieLens:
 at most 1346 and 193 candidates at the first two levels, 26 at any later one."""
 
+CHUNK = 1 << 15
+"""Rows that are turned into columns at a time, few enough for the cache."""
+
 
 class Span(NamedTuple):
     """Levels `first` to `end` - 1, which share one table of tokens."""
@@ -80,11 +83,10 @@ class CodeTree:
         if lengths is not None and (lengths == length).all():
             lengths = None
         spans = spans_of(length)
-        tokens, columns = zip(*(_coded(codes[:, s.first : s.end], lengths, s) for s in spans), strict=True)
-        flat = [column for part in columns for column in part]
+        tokens, columns = _coded(codes[:, :length], spans)
         sizes = [len(t) for t, s in zip(tokens, spans, strict=True) for _ in range(s.first, s.end)]
-        order = _sorted_rows(flat, sizes, lengths, codes.shape[0])
-        return cls._of_sorted(order, flat, tokens, spans, lengths)
+        order = _sorted_rows(columns, sizes, lengths, codes.shape[0])
+        return cls._of_sorted(order, columns, tokens, spans, lengths)
 
     @classmethod
     def _of_sorted(
@@ -99,7 +101,8 @@ class CodeTree:
         of_row = None if lengths is None else lengths[order]
         differs = np.zeros(n, bool)
         differs[0] = True
-        every = np.arange(n, dtype=np.int32)
+        numbers = np.arange(n + 1, dtype=np.int32)
+        every = numbers[:-1]
         code, first = [columns[0][:0]], [every[:1]]
         for level, column in enumerate(columns):
             values = column[order]
@@ -121,7 +124,10 @@ class CodeTree:
         if leaf is not every:  # leaves instead of rows, where codes are shared
             first = [leaf[at] for at in first]
         total = int(leaf[-1]) + 1
-        children = [_begin(f, g, total, lengths is None) for f, g in pairwise(first)]
+        # Levels where every node has one child share one array.
+        children = [
+            numbers[: len(f) + 1] if lengths is None and len(f) == len(g) else _begin(f, g, total) for f, g in pairwise(first)
+        ]
         children.append(np.zeros(len(first[-1]) + 1, np.int32))
         leaf_lengths = None if of_row is None else of_row[differs].astype(np.int32)
         return cls(order, leaf, leaf_lengths, spans, tokens, tuple(code), tuple(first), tuple(children))
@@ -146,7 +152,7 @@ class CodeTree:
         """S_0 to S_L, nodes of each depth."""
         return tuple(len(f) for f in self.first_leaf)
 
-    @property
+    @cached_property
     def fanout(self) -> tuple[int, ...]:
         """Most children of a node, per level."""
         return tuple(int(np.diff(c).max(initial=0)) for c in self.first_child[:-1])
@@ -184,10 +190,8 @@ class CodeTree:
         return np.diff(total[np.append(self.first_leaf[depth], len(chosen))])
 
 
-def _begin(above: np.ndarray, below: np.ndarray, total: int, whole: bool) -> np.ndarray:
-    """int32 [S_d + 1]: how many nodes of the next depth begin before each node. `whole`: no node is a leaf."""
-    if whole and len(above) == len(below):
-        return np.arange(len(above) + 1, dtype=np.int32)
+def _begin(above: np.ndarray, below: np.ndarray, total: int) -> np.ndarray:
+    """int32 [S_d + 1]: how many nodes of the next depth begin before each node."""
     begins = np.zeros(total + 1, np.int32)
     begins[below + 1] = 1
     np.cumsum(begins, out=begins)
@@ -206,18 +210,25 @@ def _checked_lengths(codes: np.ndarray) -> np.ndarray:
     return present.sum(1, dtype=np.int32)
 
 
-def _coded(codes: np.ndarray, lengths: np.ndarray | None, span: Span) -> tuple[np.ndarray, list[np.ndarray]]:
-    """The distinct tokens of a span, and its columns as places in them (0 beyond the end of a code)."""
-    columns = [codes[:, i] for i in range(span.end - span.first)]
-    largest = max(int(c.max()) for c in columns)
-    occurs = np.zeros(largest + 2, bool)
-    for column in columns:
-        occurs[column] = True  # -1 lands on the last entry
-    tokens = np.flatnonzero(occurs[:-1]).astype(np.int32)
-    small = code_type(len(tokens))
-    place = np.zeros(largest + 2, small)
-    place[tokens] = np.arange(len(tokens), dtype=small)
-    return tokens, [place[column] for column in columns]
+def _coded(codes: np.ndarray, spans: tuple[Span, ...]) -> tuple[tuple[np.ndarray, ...], list[np.ndarray]]:
+    """The distinct tokens of each span, and all columns as places in them (anything beyond the end of a code)."""
+    n, length = codes.shape
+    span_of = [i for i, span in enumerate(spans) for _ in range(span.first, span.end)]
+    top = codes.max(0)
+    occurs = [np.zeros(int(top[s.first : s.end].max()) + 2, bool) for s in spans]  # -1 lands on the last entry
+    for start in range(0, n, CHUNK):
+        for column, i in zip(np.ascontiguousarray(codes[start : start + CHUNK].T), span_of, strict=True):
+            occurs[i][column] = True
+    tokens = tuple(np.flatnonzero(seen[:-1]).astype(np.int32) for seen in occurs)
+    places = [np.zeros(len(seen), code_type(len(t))) for seen, t in zip(occurs, tokens, strict=True)]
+    for place, t in zip(places, tokens, strict=True):
+        place[t] = np.arange(len(t))
+    columns = [np.empty(n, places[i].dtype) for i in span_of]
+    for start in range(0, n, CHUNK):
+        block = np.ascontiguousarray(codes[start : start + CHUNK].T)
+        for level, i in enumerate(span_of):
+            columns[level][start : start + CHUNK] = places[i][block[level]]
+    return tokens, columns
 
 
 def _sorted_rows(columns: list[np.ndarray], sizes: list[int], lengths: np.ndarray | None, n: int) -> np.ndarray:
