@@ -78,12 +78,12 @@ def _parser() -> argparse.ArgumentParser:
     recommend = verb("recommend", "Recommend items for users or histories.")
     recommend.add_argument("--user", action="append", default=[], metavar="ID", help="a user of the run (may be repeated)")
     recommend.add_argument(
-        "--history", action="append", default=[], metavar="TITLES", help="titles, oldest first, with `;` between them"
+        "--history", action="append", default=[], metavar="ITEMS", help="titles or item ids, oldest first, with `;` between them"
     )
     recommend.add_argument(
         "--file", type=Path, metavar="FILE", help=".jsonl or .parquet with a column `history`, or .txt with a line a user"
     )
-    recommend.add_argument("--k", type=int, help="items a user (default 10)")
+    recommend.add_argument("--k", type=int, help="items a user (default 10); a narrower beam is widened to it")
     recommend.add_argument("--only", type=Path, metavar="FILE", help="recommend only these items: a line each, id or title")
     recommend.add_argument("--without", type=Path, metavar="FILE", help="never recommend these items: a line each, id or title")
     recommend.add_argument("--keep-seen", action="store_true", help="items of the history may be recommended again")
@@ -202,13 +202,16 @@ def _check_extra(verb: str, extra: Sequence[str]) -> None:
             raise UserError(f"unknown option {word}; see sftrec {verb} --help")
 
 
-def _session(run: Path, extra: Sequence[str]) -> "Session":
-    """A run, decoded and evaluated as the options say."""
+def _session(run: Path, extra: Sequence[str], k: int | None = None) -> "Session":
+    """A run, decoded and evaluated as the options say; with `k`, decoded for so many items a user."""
     from sftrec_jax.overrides import overridden
     from sftrec_jax.run.session import open_session
 
     session = open_session(run)
-    return dataclasses.replace(session, config=overridden(session.config, extra)) if extra else session
+    config = session.config
+    if k is not None:
+        config = dataclasses.replace(config, decode=dataclasses.replace(config.decode, top_k=k, beam=max(k, config.decode.beam)))
+    return dataclasses.replace(session, config=overridden(config, extra) if extra else config)
 
 
 def _export(args: argparse.Namespace, extra: Sequence[str], argv: Sequence[str]) -> None:
@@ -243,13 +246,14 @@ def _recommend(args: argparse.Namespace, extra: Sequence[str], argv: Sequence[st
         check_frame_path(args.to)
     if not (args.user or args.history or args.file):
         raise UserError(f"nobody to recommend to; give --user, --history or --file, as in: {EXAMPLES['recommend']}")
-    session = _session(args.run, extra)
+    k = 10 if args.k is None else args.k
+    session = _session(args.run, extra, max(1, k))
     names, histories = [], []
     for user in args.user:
         names.append(user)
         histories.append(user_history(session, user))
     if args.history:
-        index = TitleIndex(session.codes.titles)
+        index = TitleIndex(session.codes.titles, session.dataset.item_ids)
         for number, text in enumerate(args.history, start=1):
             names.append(f"history {number}")
             histories.append(_as_items(index.split(text)))
@@ -258,7 +262,7 @@ def _recommend(args: argparse.Namespace, extra: Sequence[str], argv: Sequence[st
         names += more_names
         histories += more
     allowed = allowed_items(session, args.only, args.without)
-    frame = recommend(session, names, histories, 10 if args.k is None else args.k, args.keep_seen, allowed)
+    frame = recommend(session, names, histories, k, args.keep_seen, allowed)
     if args.to:
         write_frame(args.to, frame)
         console.print(f"wrote {frame.height:,} rows to {args.to}")

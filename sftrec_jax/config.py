@@ -350,7 +350,7 @@ class DecodeConfig:
     auto: dense while it fits in 64 MB, else compact. All give the same lists."""
     normaliser: Literal["full", "items", "level", "children"] = "full"
     """What next-token probabilities are taken over: full (all tokens: exact log-probabilities of the model), items (all item
-    tokens), level (item tokens of this place), children (tokens that may follow: another ranking, often better early on)."""
+    tokens), level (item tokens of this place), children (tokens that may follow); all but full rank otherwise."""
 
     def __post_init__(self) -> None:
         for name in ("beam", "top_k", "batch_users"):

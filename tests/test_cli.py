@@ -69,7 +69,7 @@ def test_recall_agrees_with_recommendations():
     assert twice <= {"Twice; said", "Twice; said [2]"}
 
 
-def test_evaluate_again_gives_the_same(tmp_path: Path):
+def test_evaluate_again_gives_the_same(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     run = tmp_path / "run"
     shutil.copytree(trained(), run)
     for name in ("metrics.json", "recommendations.parquet"):
@@ -77,7 +77,13 @@ def test_evaluate_again_gives_the_same(tmp_path: Path):
     assert main(["evaluate", str(run)]) == 0
     first, again = (json.loads((r / "metrics.json").read_text(encoding="utf-8")) for r in (trained(), run))
     assert {**first, "seconds_evaluating": 0} == {**again, "seconds_evaluating": 0}
+    capsys.readouterr()
     assert pl.read_parquet(run / "recommendations.parquet").equals(pl.read_parquet(trained() / "recommendations.parquet"))
+    assert main(["evaluate", str(run), "--decode.normaliser", "items"]) == 0
+    said = capsys.readouterr()
+    assert "replaced the earlier results in metrics.json" in said.out + said.err
+    assert json.loads((run / "metrics.json").read_text(encoding="utf-8"))["normaliser"] == "items"
+    assert set(pl.read_parquet(run / "recommendations.parquet")["normaliser"]) == {"items"}
 
 
 def test_recommend_prints_and_writes(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
@@ -89,7 +95,7 @@ def test_recommend_prints_and_writes(tmp_path: Path, capsys: pytest.CaptureFixtu
         + json.dumps({"user": "b", "history": ["i01"]}) + "\n",
         encoding="utf-8",
     )  # fmt: skip
-    lines = write_lines(tmp_path / "lists.txt", [typed, TITLES["i01"]])
+    lines = write_lines(tmp_path / "lists.txt", [f"i03; {TITLES['i07']};i06", TITLES["i01"]])
     capsys.readouterr()
     assert main(["recommend", str(run), "--user", "u03", "--history", typed, "--file", str(lists), "--json"]) == 0
     printed = pl.DataFrame(json_lines(capsys.readouterr().out))
@@ -109,6 +115,14 @@ def test_recommend_prints_and_writes(tmp_path: Path, capsys: pytest.CaptureFixtu
     shown = capsys.readouterr().out.splitlines()
     assert shown[0] == "u03" and [line.split()[0] for line in shown[1:]] == ["1", "2", "3"]
     assert shown[1].endswith(by_user["u03"]["title"][0])
+
+
+def test_scores_of_another_normaliser_are_named(capsys: pytest.CaptureFixture[str]):
+    capsys.readouterr()
+    for more, named in (([], set()), (["--decode.normaliser", "items"], {"normaliser"})):
+        assert main(["recommend", str(trained()), "--history", "i03; i07", "--json", *more]) == 0
+        rows = json_lines(capsys.readouterr().out)
+        assert set(rows[0]) == {"user", "rank", "item_id", "title", "score"} | named
 
 
 def test_keep_seen_may_name_seen_items(capsys: pytest.CaptureFixture[str]):

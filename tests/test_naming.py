@@ -214,7 +214,7 @@ def test_new_items_are_named_without_training(tmp_path: Path, capsys: pytest.Cap
         "--evaluate.unconstrained-users",
         "0",
         "--decode.beam",
-        "64",
+        "20",  # recommend widens it
         "--train.max-steps",
         "2",
         "--items.tokenizer",

@@ -51,21 +51,23 @@ def distinct_titles(
 
 
 class TitleIndex:
-    """Finds items by title: as written, else regardless of case and white space.
+    """Finds items by title: as written, else regardless of case and white space. With `ids` also by id, after the title.
 
     Args:
         titles: [n_items] distinct titles, see `distinct_titles`.
+        ids: [n_items] distinct ids, or none.
     """
 
-    def __init__(self, titles: Iterable[str]) -> None:
+    def __init__(self, titles: Iterable[str], ids: Iterable[str] = ()) -> None:
         self._titles = [str(t) for t in titles]
+        self._ids = {str(item): i for i, item in enumerate(ids)}
         self._exact = {t: i for i, t in reversed(list(enumerate(self._titles)))}
         self._normal = {_normal(t): i for i, t in reversed(list(enumerate(self._titles)))}
         self._most_semicolons = max((t.count(";") for t in self._titles), default=0)
 
     def find(self, text: str) -> int | None:
-        """Item index of a title, None where there is none."""
-        exact = self._exact.get(text, self._exact.get(text.strip()))
+        """Item index of a title (or id), None where there is none."""
+        exact = self._exact.get(text, self._exact.get(text.strip(), self._ids.get(text.strip())))
         return self._normal.get(_normal(text)) if exact is None else exact
 
     def split(self, text: str) -> list[int]:
@@ -123,7 +125,9 @@ class TitleIndex:
 
     def _unknown(self, text: str) -> UserError:
         near = "; ".join(repr(t) for t in self.nearest(text))
-        return UserError(f"history: no item has the title {text.strip()!r}; the nearest titles are {near}")
+        return UserError(
+            f"history: no item has the title{' or id' if self._ids else ''} {text.strip()!r}; the nearest titles are {near}"
+        )
 
 
 def match_title(text: str, titles: Iterable[str]) -> int:

@@ -107,10 +107,12 @@ def evaluate_stage(session: Session, decoder: Decoder, step: int, exact: bool = 
     if tested and exact:
         remarks += _exact(decode, asked, masked, tested, k, result)
     result["seconds_evaluating"] = round(time.monotonic() - begin, 1)
+    if session.folder.metrics.exists():
+        remarks.append(f"replaced the earlier results in {session.folder.metrics.name} and {session.folder.recommendations.name}")
     write_json(session.folder.metrics, result)
     top = min(RECOMMENDED, k)
     lists = Ranking(masked.items[:, :top], masked.scores[:, :top])
-    write_recommendations(session.folder.recommendations, dataset, session.codes.titles, users, lists)
+    write_recommendations(session.folder.recommendations, dataset, session.codes.titles, users, lists, config.decode.normaliser)
     console.print(metrics_table(result))
     if groups.shared:
         console.print(f"{groups.shared:,} items share a code with others; the ranks of these are expected ones")

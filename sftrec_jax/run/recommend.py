@@ -30,8 +30,8 @@ def user_history(session: Session, user: str) -> np.ndarray:
 def file_histories(session: Session, path: Path) -> tuple[list[str], list[np.ndarray]]:
     """Names and histories from a file.
 
-    `.jsonl` or `.parquet`: column `history` with a list of item ids or titles (or one text with `;` between titles), and
-    optionally `user`. `.txt`: a line a user, titles with `;` between them.
+    `.jsonl` or `.parquet`: column `history` with a list of item ids or titles (or one text with `;` between them), and
+    optionally `user`. `.txt`: a line a user, titles or ids with `;` between them.
     """
     if not path.exists():
         raise UserError(f"{path}: no such file; give a .jsonl, .parquet or .txt file of histories")
@@ -50,7 +50,7 @@ def file_histories(session: Session, path: Path) -> tuple[list[str], list[np.nda
         raise UserError(f"{path}: cannot be read ({' '.join(str(error).split())[:200]})") from None
     if not rows:
         raise UserError(f"{path}: holds no history; write at least one row")
-    index = TitleIndex(session.codes.titles)
+    index = TitleIndex(session.codes.titles, session.dataset.item_ids)
     by_id = {str(item): i for i, item in enumerate(session.dataset.item_ids)}
     names, histories = [], []
     for number, row in enumerate(rows, start=1):
@@ -96,7 +96,8 @@ def _listed(session: Session, path: Path) -> list[int]:
         raise UserError(f"{path}: cannot be read ({error.strerror or error}); give a file with an item a line") from None
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: byte {error.start} is not UTF-8; convert it with `iconv -t UTF-8`") from None
-    index, by_id = TitleIndex(session.codes.titles), {str(item): i for i, item in enumerate(session.dataset.item_ids)}
+    index = TitleIndex(session.codes.titles, session.dataset.item_ids)
+    by_id = {str(item): i for i, item in enumerate(session.dataset.item_ids)}
     items: list[int] = []
     for number, line in enumerate(lines, start=1):
         if text := line.strip():
@@ -115,7 +116,7 @@ def recommend(
     keep_seen: bool,
     allowed: np.ndarray | None = None,
 ) -> pl.DataFrame:
-    """Columns user, rank, item_id, title, score: the `k` best items for each history, without those in it.
+    """Columns as of `recommendation_frame`: the `k` best items for each history, without those in it.
 
     `allowed`: bool [n_items] items that may be recommended, or None. Says how many lists are shorter than `k`.
     """
@@ -130,5 +131,6 @@ def recommend(
     ranking = recommender(session, decoder).rank(prompts, seen, k, progress("recommending", len(prompts)), allowed)
     short = int((ranking.items < 0).any(axis=1).sum())
     if short:
-        console.print(f"{short:,} of {len(prompts):,} lists are shorter than {k}: no other item is left to recommend")
-    return recommendation_frame(list(names), session.dataset.item_ids, session.codes.titles, ranking)
+        hidden = "" if keep_seen else " (items of the history are left out; --keep-seen allows them)"
+        console.print(f"{short:,} of {len(prompts):,} lists are shorter than {k}: no other item is left to recommend{hidden}")
+    return recommendation_frame(list(names), session.dataset.item_ids, session.codes.titles, ranking, by)

@@ -28,11 +28,16 @@ def metrics_table(result: dict[str, Any]) -> Table:
     return table
 
 
-def recommendation_frame(names: list[str], item_ids: np.ndarray, titles: np.ndarray, ranking: Ranking) -> pl.DataFrame:
-    """Columns user, rank (from 1), item_id, title, score (log-probability); one row for each item that was found."""
+def recommendation_frame(
+    names: list[str], item_ids: np.ndarray, titles: np.ndarray, ranking: Ranking, normaliser: str
+) -> pl.DataFrame:
+    """Columns user, rank (from 1), item_id, title, score (log-probability); one row for each item that was found.
+
+    Scores of another normaliser than `full` are named by a last column, `normaliser`.
+    """
     users, ranks = np.nonzero(ranking.items >= 0)
     items = ranking.items[users, ranks]
-    return pl.DataFrame(
+    frame = pl.DataFrame(
         {
             "user": [names[u] for u in users],
             "rank": (ranks + 1).astype(np.int32),
@@ -42,6 +47,7 @@ def recommendation_frame(names: list[str], item_ids: np.ndarray, titles: np.ndar
         },
         schema={"user": pl.String, "rank": pl.Int32, "item_id": pl.String, "title": pl.String, "score": pl.Float32},
     )
+    return frame if normaliser == "full" else frame.with_columns(pl.lit(normaliser).alias("normaliser"))
 
 
 def check_frame_path(path: Path) -> None:
@@ -64,8 +70,11 @@ def write_frame(path: Path, frame: pl.DataFrame) -> None:
         raise UserError(f"{path}: cannot be written ({error.strerror or error}); choose another place") from None
 
 
-def write_recommendations(path: Path, dataset: Dataset, titles: np.ndarray, users: np.ndarray, ranking: Ranking) -> None:
+def write_recommendations(
+    path: Path, dataset: Dataset, titles: np.ndarray, users: np.ndarray, ranking: Ranking, normaliser: str
+) -> None:
     """recommendations.parquet of a run, users in the order of the data set."""
     order = np.argsort(users, kind="stable")
     names = [str(dataset.user_ids[users[i]]) for i in order]
-    write_frame(path, recommendation_frame(names, dataset.item_ids, titles, Ranking(ranking.items[order], ranking.scores[order])))
+    ordered = Ranking(ranking.items[order], ranking.scores[order])
+    write_frame(path, recommendation_frame(names, dataset.item_ids, titles, ordered, normaliser))
