@@ -49,7 +49,7 @@ def test_run_leaves_every_file():
 
 def test_metrics_are_plain_numbers():
     metrics = json.loads((trained() / "metrics.json").read_text(encoding="utf-8"))
-    for row in ("model", "popularity", "markov"):
+    for row in ("model", "popularity", "recent_popularity", "markov", "item_item"):
         assert set(metrics[row]) == {*METRICS, *(f"{name}_unmasked" for name in METRICS)}
         assert all(isinstance(v, float) and 0 <= v <= 1 for v in metrics[row].values())
     assert metrics["users"] == len(USERS) and 0 <= metrics["invalid_rate_unconstrained"] <= 1

@@ -56,6 +56,12 @@ class Dataset:
     text: ItemText | None = None
     """None for a data set made by hand."""
 
+    @property
+    def timed(self) -> bool:
+        """Whether the source has times; else `timestamps` are positions."""
+        position = np.arange(len(self.items)) - np.repeat(self.offsets[:-1], np.diff(self.offsets))
+        return not np.array_equal(self.timestamps, position)
+
     def history(self, user: int) -> np.ndarray:
         """All items of the user with this index, int32 [n], oldest first."""
         return self.items[self.offsets[user] : self.offsets[user + 1]]

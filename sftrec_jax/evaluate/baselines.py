@@ -1,4 +1,4 @@
-"""Popularity and first-order Markov: what a model has to beat. Both count training interactions only.
+"""Popularity, recent popularity and first-order Markov: what a model has to beat. All count training interactions only.
 
 Items that score the same are ordered by a seeded hash, never by index: an index often carries the order of a file or of
 ids, and with it popularity or time.
@@ -31,8 +31,35 @@ class Popularity:
             n_items: size of the catalogue.
             seed: of the order among equals.
         """
-        counts = np.bincount(items[_is_train(offsets, train_end)], minlength=n_items)
+        counts = np.bincount(items[is_train(offsets, train_end)], minlength=n_items)
         return cls(np.lexsort((_hash(n_items, seed), -counts)).astype(np.int32))
+
+    @classmethod
+    def fit_recent(
+        cls,
+        offsets: np.ndarray,
+        items: np.ndarray,
+        train_end: np.ndarray,
+        n_items: int,
+        timestamps: np.ndarray | None,
+        seed: int = 0,
+        share: float = 0.1,
+    ) -> Popularity:
+        """Counts only the newest training interactions; equals follow all of these. Arguments as for `fit`, and
+
+        Args:
+            timestamps: int64 [N] seconds; None where the source has no time: then the newest of each user count.
+            share: of the training interactions, those with the time of the last one among these included.
+        """
+        train = is_train(offsets, train_end)
+        if timestamps is None:
+            recent = np.zeros_like(train)
+            recent[(offsets[:-1] + train_end - 1)[train_end > 0]] = True
+        else:
+            times = np.sort(timestamps[train])
+            recent = train & (timestamps >= times[int((1 - share) * len(times))]) if len(times) else train
+        newest, all_counts = (np.bincount(items[chosen], minlength=n_items) for chosen in (recent, train))
+        return cls(np.lexsort((_hash(n_items, seed), -all_counts, -newest)).astype(np.int32))
 
     def rank(self, histories: Sequence[np.ndarray], k: int, mask_seen: bool) -> np.ndarray:
         """Best k items for each history.
@@ -45,7 +72,7 @@ class Popularity:
         Returns: int32 [U, k], -1 where the catalogue has no more items.
         """
         order = self.order.tolist()
-        return _lists(((order,) for _ in histories), histories, k, mask_seen)
+        return lists(((order,) for _ in histories), histories, k, mask_seen)
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,7 +86,7 @@ class Markov:
     @classmethod
     def fit(cls, offsets: np.ndarray, items: np.ndarray, train_end: np.ndarray, n_items: int, seed: int = 0) -> Markov:
         """Counts direct transitions within the training part of every history. Arguments as for `Popularity.fit`."""
-        train = _is_train(offsets, train_end)
+        train = is_train(offsets, train_end)
         both = train[:-1] & train[1:]
         starts = np.asarray(offsets[1:-1])
         both[starts[(starts > 0) & (starts < len(items))] - 1] = False  # the next item is another user's
@@ -83,10 +110,10 @@ class Markov:
                 known[item] = after[np.lexsort((place[after], -times))].tolist()
             return known[item]
 
-        return _lists(((followers(int(h[-1])), order) if len(h) else (order,) for h in histories), histories, k, mask_seen)
+        return lists(((followers(int(h[-1])), order) if len(h) else (order,) for h in histories), histories, k, mask_seen)
 
 
-def _lists(candidates: Iterable[tuple[list[int], ...]], histories: Sequence[np.ndarray], k: int, mask_seen: bool) -> np.ndarray:
+def lists(candidates: Iterable[tuple[list[int], ...]], histories: Sequence[np.ndarray], k: int, mask_seen: bool) -> np.ndarray:
     out = np.full((len(histories), k), -1, np.int32)
     for u, (sources, history) in enumerate(zip(candidates, histories, strict=True)):
         best = list(_first(sources, set(np.asarray(history).tolist()) if mask_seen else set(), k))
@@ -105,7 +132,7 @@ def _first(sources: tuple[list[int], ...], skip: set[int], k: int) -> Iterator[i
                 yield item
 
 
-def _is_train(offsets: np.ndarray, train_end: np.ndarray) -> np.ndarray:
+def is_train(offsets: np.ndarray, train_end: np.ndarray) -> np.ndarray:
     lengths = np.diff(offsets)
     position = np.arange(offsets[-1]) - np.repeat(offsets[:-1], lengths)
     return position < np.repeat(train_end, lengths)

@@ -28,13 +28,13 @@ def first_hit_ranks(ranked: np.ndarray, targets: np.ndarray) -> np.ndarray:
     return np.where(hits.any(axis=1), hits.argmax(axis=1) + 1, 0)
 
 
-def ranking_metrics(
+def user_metrics(
     ranked: np.ndarray,
     targets: np.ndarray,
     ks: Sequence[int] = DEFAULT_KS,
     ties: tuple[np.ndarray, np.ndarray] | None = None,
-) -> dict[str, float]:
-    """Means over users of `recall@k`, `ndcg@k` and `mrr@k`, and `mrr`, which is `mrr@k` at the largest k.
+) -> dict[str, np.ndarray]:
+    """float64 [U] each: `recall@k`, `ndcg@k` and `mrr@k` of every user, and `mrr`, which is `mrr@k` at the largest k.
 
     With one target, recall is the hit rate, NDCG of a hit at rank r is 1 / log2(r + 1), and MRR's share is 1 / r.
 
@@ -65,9 +65,19 @@ def ranking_metrics(
     possible = (first > 0)[:, None] & (places >= first[:, None]) & (places < (first + tied)[:, None])
     possible &= np.asarray(ranked) >= 0  # a list that ends early has no later places
     gains = {"recall": np.ones(longest), "ndcg": 1 / np.log2(places + 1), "mrr": 1 / places}
-    metrics: dict[str, float] = {}
+    metrics: dict[str, np.ndarray] = {}
     for k in sorted(set(ks)):
         for name, gain in gains.items():
-            metrics[f"{name}@{k}"] = float(((possible[:, :k] * gain[:k]).sum(axis=1) / tied).mean())
+            metrics[f"{name}@{k}"] = (possible[:, :k] * gain[:k]).sum(axis=1) / tied
     metrics["mrr"] = metrics[f"mrr@{max(ks)}"]
     return metrics
+
+
+def ranking_metrics(
+    ranked: np.ndarray,
+    targets: np.ndarray,
+    ks: Sequence[int] = DEFAULT_KS,
+    ties: tuple[np.ndarray, np.ndarray] | None = None,
+) -> dict[str, float]:
+    """Means of `user_metrics` over users."""
+    return {name: float(values.mean()) for name, values in user_metrics(ranked, targets, ks, ties).items()}

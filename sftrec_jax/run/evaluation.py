@@ -11,8 +11,8 @@ from sftrec_jax.decode.audit import exact_ranking, missed
 from sftrec_jax.decode.grounding import Grounder
 from sftrec_jax.decode.groups import CodeGroups
 from sftrec_jax.decode.recommender import Ranking, Recommender
-from sftrec_jax.evaluate.baselines import Markov, Popularity
-from sftrec_jax.evaluate.metrics import DEFAULT_KS, ranking_metrics
+from sftrec_jax.evaluate.comparison import COUNTER, compare, fit_baselines
+from sftrec_jax.evaluate.metrics import DEFAULT_KS, user_metrics
 from sftrec_jax.model.decoder import Decoder
 from sftrec_jax.run.folder import write_json
 from sftrec_jax.run.session import Session, recommender
@@ -42,14 +42,16 @@ def draw(users: np.ndarray, count: int | None, session: Session) -> np.ndarray:
     return np.sort(np.random.default_rng(session.config.train.seed).permutation(users)[:count])
 
 
-def list_metrics(
+def list_values(
     items: np.ndarray,
     targets: np.ndarray,
     groups: CodeGroups | None = None,
     exclude: Sequence[np.ndarray] | None = None,
     n_items: int | None = None,
-) -> dict[str, float]:
-    """Metrics of lists; with `groups` items that share a code are tied. `exclude`: what was left out of each list.
+) -> dict[str, np.ndarray]:
+    """float64 [U] each: metrics of every user's list; with `groups` items that share a code are tied.
+
+    `exclude`: what was left out of each list.
 
     With `n_items`, the size of the catalogue, cut-offs beyond lists that do not hold all of it are left out.
     """
@@ -57,10 +59,25 @@ def list_metrics(
     padded = np.full((len(items), max(DEFAULT_KS)), -1, np.int32)
     width = min(items.shape[1], padded.shape[1])
     padded[:, :width] = items[:, :width]
-    found = ranking_metrics(padded, targets, ties=ties)
+    found = user_metrics(padded, targets, ties=ties)
     if n_items is None or items.shape[1] >= min(n_items, max(DEFAULT_KS)):
         return found
     return {name: v for name, v in found.items() if "@" in name and int(name.split("@")[1]) <= items.shape[1]}
+
+
+def list_metrics(
+    items: np.ndarray,
+    targets: np.ndarray,
+    groups: CodeGroups | None = None,
+    exclude: Sequence[np.ndarray] | None = None,
+    n_items: int | None = None,
+) -> dict[str, float]:
+    """Means of `list_values` over users."""
+    return _means(list_values(items, targets, groups, exclude, n_items))
+
+
+def _means(values: dict[str, np.ndarray]) -> dict[str, float]:
+    return {name: float(v.mean()) for name, v in values.items()}
 
 
 def _shown(metrics: dict[str, float]) -> str:
@@ -89,19 +106,21 @@ def evaluate_stage(session: Session, decoder: Decoder, step: int, exact: bool = 
     rows: dict[str, tuple[np.ndarray, np.ndarray, CodeGroups | None]] = {
         "model": (masked.items[:tested], unmasked.items[:tested], groups)
     }
-    fit = (dataset.offsets, dataset.items, dataset.train_end, len(dataset.item_ids))
-    for name, baseline in (("popularity", Popularity.fit(*fit)), ("markov", Markov.fit(*fit))):
+    for name, baseline in fit_baselines(dataset).items():
         rows[name] = (baseline.rank(histories, k, True), baseline.rank(histories, k, False), None)
-    result: dict[str, Any] = {
-        name: list_metrics(seen_masked, targets, tied, histories, n_items)
-        | {f"{key}_unmasked": v for key, v in list_metrics(plain, targets, tied, None, n_items).items()}
-        for name, (seen_masked, plain, tied) in rows.items()
-    } if tested else {name: {} for name in rows}  # fmt: skip
+    result: dict[str, Any] = {name: {} for name in rows}
+    if tested:
+        values = {name: list_values(lists, targets, tied, histories, n_items) for name, (lists, _, tied) in rows.items()}
+        for name, (_, lists, tied) in rows.items():
+            plain = _means(list_values(lists, targets, tied, None, n_items))
+            result[name] = _means(values[name]) | {f"{key}_unmasked": v for key, v in plain.items()}
+        result |= compare(values, config.train.seed)
     result |= {"users": tested, "checkpoint_step": step, "items": len(dataset.item_ids)}
     result |= {"beam": config.decode.beam, "normaliser": config.decode.normaliser}
     if groups.shared:
         result["items_sharing_a_code"] = groups.shared
-    remarks = _unconstrained(session, decode, asked, result)
+    remarks = _certainty(result) if tested else []
+    remarks += _unconstrained(session, decode, asked, result)
     if tested and config.evaluate.grounding_users:
         remarks += _grounded(session, decoder, decode, asked, masked, tested, result)
     if tested and exact:
@@ -119,6 +138,19 @@ def evaluate_stage(session: Session, decoder: Decoder, step: int, exact: bool = 
     for remark in remarks:
         console.print(remark)
     return result
+
+
+def _certainty(result: dict[str, Any]) -> list[str]:
+    """The model's metric with its interval, and how it stands against the counter."""
+    name = next(name for name in ("ndcg@10", "ndcg@5", "ndcg@1") if name in result["model"])
+    (low, high), other = result["ci"]["model"][name], result["paired"][COUNTER][name]
+    shown = name.upper().replace("NDCG", "N")
+    against = f"{other['difference']:+.4f} [{other['low']:+.4f}, {other['high']:+.4f}], p = {other['p']:.3g}"
+    return [
+        f"model {shown} {result['model'][name]:.4f}, 95 % interval over users [{low:.4f}, {high:.4f}]; "
+        f"against the item-item counter {against}"
+        + ("; the model is BELOW the counter: it has shown nothing yet" if result["below_counter"] else "")
+    ]
 
 
 def _unconstrained(session: Session, decode: Recommender, asked: Asked, result: dict[str, Any]) -> list[str]:

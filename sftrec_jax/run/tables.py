@@ -11,6 +11,7 @@ from rich.table import Table
 from sftrec_jax.data.dataset import Dataset
 from sftrec_jax.decode.recommender import Ranking
 from sftrec_jax.errors import UserError
+from sftrec_jax.evaluate.comparison import BASELINES
 
 SHOWN = ("recall@5", "ndcg@5", "recall@10", "ndcg@10", "recall@20", "ndcg@20", "mrr")
 
@@ -23,8 +24,9 @@ def metrics_table(result: dict[str, Any]) -> Table:
     table.add_column("")
     for name in SHOWN:
         table.add_column(name.replace("recall", "R").replace("ndcg", "N").upper(), justify="right")
-    for row in ("model", "popularity", "markov"):
-        table.add_row(row, *(f"{result[row][name]:.4f}" if name in result[row] else "-" for name in SHOWN))
+    for row in ("model", *BASELINES):
+        mark = " (below item_item)" if row == "model" and result.get("below_counter") else ""
+        table.add_row(row + mark, *(f"{result[row][name]:.4f}" if name in result[row] else "-" for name in SHOWN))
     return table
 
 
