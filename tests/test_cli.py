@@ -55,6 +55,26 @@ def test_metrics_are_plain_numbers():
     assert metrics["users"] == len(USERS) and 0 <= metrics["invalid_rate_unconstrained"] <= 1
 
 
+def test_intervals_and_parts_agree_with_the_means():
+    metrics = json.loads((trained() / "metrics.json").read_text(encoding="utf-8"))
+    model = metrics["model"]
+    for name in METRICS:
+        low, high = metrics["ci"]["model"][name]
+        assert low <= model[name] <= high
+        for baseline in ("popularity", "recent_popularity", "markov", "item_item"):
+            one = metrics["paired"][baseline][name]
+            assert one["difference"] == pytest.approx(model[name] - metrics[baseline][name])
+            assert one["low"] <= one["difference"] <= one["high"] and 0 < one["p"] <= 1
+        for parts in (metrics["by_target"]["model"], metrics["by_history"]["model"]):
+            assert sum(part["users"] for part in parts.values()) == metrics["users"]
+            total = sum(part["users"] * part[name] for part in parts.values() if part["users"])
+            assert total / metrics["users"] == pytest.approx(model[name])
+    assert metrics["below_counter"] == (model["ndcg@10"] < metrics["item_item"]["ndcg@10"])
+    # Atomic ids: a code is an item.
+    assert metrics["codes"]["code_recall@10"] == pytest.approx(model["recall@10"])
+    assert metrics["codes"]["level_accuracy"] == [pytest.approx(model["recall@1"])]
+
+
 def test_recall_agrees_with_recommendations():
     """recall@k counted again from the recommendations and the log, whose last item of each user is the target."""
     frame = pl.read_parquet(trained() / "recommendations.parquet")

@@ -11,6 +11,7 @@ from sftrec_jax.decode.audit import exact_ranking, missed
 from sftrec_jax.decode.grounding import Grounder
 from sftrec_jax.decode.groups import CodeGroups
 from sftrec_jax.decode.recommender import Ranking, Recommender
+from sftrec_jax.evaluate.breakdown import code_metrics, exposure, recall_by_history, recall_by_target
 from sftrec_jax.evaluate.comparison import COUNTER, compare, fit_baselines
 from sftrec_jax.evaluate.metrics import DEFAULT_KS, user_metrics
 from sftrec_jax.model.decoder import Decoder
@@ -115,6 +116,8 @@ def evaluate_stage(session: Session, decoder: Decoder, step: int, exact: bool = 
             plain = _means(list_values(lists, targets, tied, None, n_items))
             result[name] = _means(values[name]) | {f"{key}_unmasked": v for key, v in plain.items()}
         result |= compare(values, config.train.seed)
+        lists = {name: seen_masked for name, (seen_masked, _, _) in rows.items()}
+        result |= _breakdown(session, lists, values, targets, histories)
     result |= {"users": tested, "checkpoint_step": step, "items": len(dataset.item_ids)}
     result |= {"beam": config.decode.beam, "normaliser": config.decode.normaliser}
     if groups.shared:
@@ -140,6 +143,27 @@ def evaluate_stage(session: Session, decoder: Decoder, step: int, exact: bool = 
     return result
 
 
+def _breakdown(
+    session: Session,
+    lists: dict[str, np.ndarray],
+    values: dict[str, dict[str, np.ndarray]],
+    targets: np.ndarray,
+    histories: Sequence[np.ndarray],
+) -> dict[str, Any]:
+    """`by_target`, `by_history` (model and counter), `exposure` (all rows), `codes` (the model)."""
+    dataset, top = session.dataset, min(RECOMMENDED, lists["model"].shape[1])
+    train = np.concatenate([dataset.train_history(u) for u in range(len(dataset.user_ids))])
+    counts = np.bincount(train, minlength=len(dataset.item_ids))
+    lengths = np.asarray([len(h) for h in histories])
+    both = ("model", COUNTER)
+    return {
+        "by_target": {name: recall_by_target(values[name], targets, counts) for name in both},
+        "by_history": {name: recall_by_history(values[name], lengths) for name in both},
+        "exposure": {name: exposure(items, top, counts) for name, items in lists.items()},
+        "codes": code_metrics(lists["model"], targets, session.codes.codes, top),
+    }
+
+
 def _certainty(result: dict[str, Any]) -> list[str]:
     """The model's metric with its interval, and how it stands against the counter."""
     name = next(name for name in ("ndcg@10", "ndcg@5", "ndcg@1") if name in result["model"])
@@ -149,8 +173,15 @@ def _certainty(result: dict[str, Any]) -> list[str]:
     return [
         f"model {shown} {result['model'][name]:.4f}, 95 % interval over users [{low:.4f}, {high:.4f}]; "
         f"against the item-item counter {against}"
-        + ("; the model is BELOW the counter: it has shown nothing yet" if result["below_counter"] else "")
+        + ("; the model is BELOW the counter: it has shown nothing yet" if result["below_counter"] else ""),
+        f"model {shown} by target: " + _parts(result["by_target"]["model"], name),
+        f"model {shown} by history: " + _parts(result["by_history"]["model"], name),
+        "lists show: " + ", ".join(f"{name} {value:.3g}" for name, value in result["exposure"]["model"].items()),
     ]
+
+
+def _parts(parts: dict[str, Any], name: str) -> str:
+    return ", ".join(f"{part} {row[name]:.4f} ({row['users']:,} users)" for part, row in parts.items() if row["users"])
 
 
 def _unconstrained(session: Session, decode: Recommender, asked: Asked, result: dict[str, Any]) -> list[str]:
