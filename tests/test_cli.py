@@ -52,6 +52,7 @@ def test_metrics_are_plain_numbers():
     for row in ("model", "popularity", "recent_popularity", "markov", "item_item"):
         assert set(metrics[row]) == {*METRICS, *(f"{name}_unmasked" for name in METRICS)}
         assert all(isinstance(v, float) and 0 <= v <= 1 for v in metrics[row].values())
+    assert metrics["protocol"]["users_evaluated"] == len(USERS) and metrics["protocol"]["decode"]["normaliser"] == "full"
     assert metrics["users"] == len(USERS) and 0 <= metrics["invalid_rate_unconstrained"] <= 1
 
 

@@ -15,6 +15,7 @@ from sftrec_jax.evaluate.breakdown import code_metrics, exposure, recall_by_hist
 from sftrec_jax.evaluate.comparison import COUNTER, compare, fit_baselines
 from sftrec_jax.evaluate.metrics import DEFAULT_KS, user_metrics
 from sftrec_jax.model.decoder import Decoder
+from sftrec_jax.run.card import protocol_card
 from sftrec_jax.run.folder import write_json
 from sftrec_jax.run.session import Session, recommender
 from sftrec_jax.run.tables import metrics_table, write_recommendations
@@ -120,6 +121,7 @@ def evaluate_stage(session: Session, decoder: Decoder, step: int, exact: bool = 
         result |= _breakdown(session, lists, values, targets, histories)
     result |= {"users": tested, "checkpoint_step": step, "items": len(dataset.item_ids)}
     result |= {"beam": config.decode.beam, "normaliser": config.decode.normaliser}
+    result["protocol"] = protocol_card(session, step, tested)
     if groups.shared:
         result["items_sharing_a_code"] = groups.shared
     remarks = _certainty(result) if tested else []

@@ -1,0 +1,89 @@
+"""The protocol card: everything that a metric depends on, so that two numbers can be seen to be comparable, or not."""
+
+import dataclasses
+import hashlib
+from collections.abc import Iterable
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import sftrec_jax
+from sftrec_jax.run.session import Session
+
+
+def protocol_card(session: Session, step: int, users: int) -> dict[str, Any]:
+    """JSON-serialisable; equal cards mean that metrics were taken in the same way, of the same data and codes.
+
+    Hashes are SHA-256 of contents, not of files: they do not change with a file format. `data.source` and `model.base` are
+    names without folders.
+
+    Args:
+        session: the run as it was evaluated, options of the command line included.
+        step: of the checkpoint.
+        users: with a test target, that were evaluated.
+    """
+    config, dataset, codes = session.config, session.dataset, session.codes
+    histories = _hash(_texts(dataset.user_ids), _bytes(dataset.offsets), _bytes(dataset.items))
+    split = _hash(_bytes(dataset.train_end), _bytes(dataset.valid_position), _bytes(dataset.test_position))
+    fractions = {"valid_fraction": config.data.valid_fraction, "test_fraction": config.data.test_fraction}
+    order = {"by": "time", "ties_by": "hash of (tie_seed, user, item)", "tie_seed": config.data.tie_seed}
+    return {
+        "data": {
+            "source": _name(str(dataset.report.get("source", config.data.source))),
+            "users": len(dataset.user_ids),
+            "items": len(dataset.item_ids),
+            "interactions": len(dataset.items),
+            "histories_sha256": histories,
+            "catalogue_sha256": _hash(_texts(dataset.item_ids), _texts(dataset.titles)),
+        },
+        "split": {"kind": config.data.split, "sha256": split} | (fractions if config.data.split == "temporal" else {}),
+        "order": (order if dataset.timed else {"by": "the source's order"})
+        | {"tied_timestamp_share": dataset.report.get("tied_timestamp_share")},
+        "candidates": "all items of the catalogue but those of the history",
+        "users_evaluated": users,
+        "items": {
+            "tokenizer": config.items.tokenizer,
+            "codes_sha256": _hash(_bytes(codes.codes)),
+            "tokens_at_most": int(codes.codes.shape[1]),
+            "distinct_codes": len(np.unique(codes.codes, axis=0)),
+        },
+        "prompt": dataclasses.asdict(config.prompt),
+        "decode": {name: getattr(config.decode, name) for name in ("beam", "top_k", "normaliser")},
+        "model": {"base": _name(session.source.label), "from_scratch": config.model.from_scratch, "checkpoint_step": step},
+        "train": {"method": config.train.method, "row_length": config.train.row_length},
+        "seeds": {
+            "tie": config.data.tie_seed,
+            "embedding": config.embedding.seed,
+            "semantic": config.semantic.seed,
+            "train": config.train.seed,
+        },
+        "code": {"source_sha256": source_hash()} | {name: version(name) for name in ("sftrec-jax", "jax", "flax", "numpy")},
+    }
+
+
+def source_hash() -> str:
+    """SHA-256 over the package's Python files, by name and content."""
+    root = Path(sftrec_jax.__file__).parent
+    files = sorted(root.rglob("*.py"), key=lambda file: file.relative_to(root).as_posix())
+    return _hash(*(part for file in files for part in (file.relative_to(root).as_posix().encode(), file.read_bytes())))
+
+
+def _hash(*parts: bytes) -> str:
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(len(part).to_bytes(8, "little") + part)
+    return digest.hexdigest()
+
+
+def _texts(texts: Iterable[str]) -> bytes:
+    return b"".join(len(data).to_bytes(4, "little") + data for data in (str(text).encode("utf-8") for text in texts))
+
+
+def _bytes(values: np.ndarray) -> bytes:
+    return np.ascontiguousarray(values, np.dtype("<i8")).tobytes() + repr(values.shape).encode()
+
+
+def _name(label: str) -> str:
+    return Path(label).name if Path(label).is_absolute() else label
