@@ -89,6 +89,7 @@ def _parser() -> argparse.ArgumentParser:
     recommend.add_argument("--keep-seen", action="store_true", help="items of the history may be recommended again")
     recommend.add_argument("--to", type=Path, metavar="FILE", help="write .parquet or .jsonl instead of printing")
     recommend.add_argument("--json", action="store_true", help="print JSON lines")
+    recommend.add_argument("--overwrite", action="store_true", help="replace the FILE of --to or --preferences")
     pairs = recommend.add_argument_group(
         "preference pairs", "The last training item of each user against items that the model names."
     )
@@ -98,7 +99,6 @@ def _parser() -> argparse.ArgumentParser:
     pairs.add_argument("--users", type=int, metavar="N", help="users, drawn by --seed (default: all)")
     pairs.add_argument("--negatives", type=int, metavar="M", help="rejected items a user (default 1)")
     pairs.add_argument("--seed", type=int, metavar="S", help="draws users and rejected items (default 0)")
-    pairs.add_argument("--overwrite", action="store_true", help="replace FILE")
     add = verb("add-items", "Name new items without training again: semantic ids, titles or keyphrases.")
     add.add_argument(
         "--catalogue",
@@ -209,9 +209,13 @@ def _session(run: Path, extra: Sequence[str], k: int | None = None) -> "Session"
 
     session = open_session(run)
     config = session.config
+    if k is not None:  # in place of decode.top_k, which must not stand in the way of a narrower beam
+        config = dataclasses.replace(config, decode=dataclasses.replace(config.decode, top_k=1))
+    if extra:
+        config = overridden(config, extra)
     if k is not None:
         config = dataclasses.replace(config, decode=dataclasses.replace(config.decode, top_k=k, beam=max(k, config.decode.beam)))
-    return dataclasses.replace(session, config=overridden(config, extra) if extra else config)
+    return dataclasses.replace(session, config=config)
 
 
 def _export(args: argparse.Namespace, extra: Sequence[str], argv: Sequence[str]) -> None:
@@ -242,8 +246,12 @@ def _recommend(args: argparse.Namespace, extra: Sequence[str], argv: Sequence[st
     if args.preferences:
         _preferences(args, extra)
         return
+    if any(word.startswith(("--decode.top-k", "--decode.top_k")) for word in extra):
+        raise UserError("--decode.top-k: the length of these lists is --k; give that instead")
     if args.to:
         check_frame_path(args.to)
+        if args.to.exists() and not args.overwrite:
+            raise UserError(f"--to {args.to}: exists already; name another file or add --overwrite")
     if not (args.user or args.history or args.file):
         raise UserError(f"nobody to recommend to; give --user, --history or --file, as in: {EXAMPLES['recommend']}")
     k = 10 if args.k is None else args.k
@@ -279,7 +287,11 @@ def _recommend(args: argparse.Namespace, extra: Sequence[str], argv: Sequence[st
 def _check_together(args: argparse.Namespace) -> None:
     """UserError for an option of `recommend` that says nothing beside `--preferences`, or without it."""
     lists = ("user", "history", "file", "only", "without", "k", "keep_seen", "to", "json")
-    pairs = ("users", "negatives", "seed", "overwrite")
+    pairs = ("users", "negatives", "seed")
+    if args.to and args.json:
+        raise UserError("--to and --json: choose one; --to writes .jsonl as well")
+    if args.overwrite and not (args.to or args.preferences):
+        raise UserError("--overwrite needs --to or --preferences; see sftrec recommend --help")
     for name in lists if args.preferences else pairs:
         value = getattr(args, name)
         if value is not None and value is not False and value != []:

@@ -200,6 +200,10 @@ def test_no_such_run(verb: list[str], tmp_path: Path, capsys: pytest.CaptureFixt
         (["--user", "u03", "--to", "no/folder/out.jsonl"], ["no/folder"]),
         (["--file", "none.jsonl"], ["none.jsonl"]),
         (["--nonsense"], ["--nonsense", "sftrec recommend --help"]),
+        (["--user", "u03", "--to", "a.jsonl", "--json"], ["--to", "--json", "choose one"]),
+        (["--user", "u03", "--overwrite"], ["--overwrite", "--to"]),
+        (["--user", "u03", "--decode.top-k", "5"], ["--decode.top-k", "--k"]),
+        (["--user", "u03", "--decode.beam", "0"], ["decode.beam is 0"]),
     ],
     ids=lambda words: "_".join(words[-2:]) if words and words[0] in ("--user", "--history", "--file") else "",
 )

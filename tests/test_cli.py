@@ -130,6 +130,9 @@ def test_recommend_prints_and_writes(tmp_path: Path, capsys: pytest.CaptureFixtu
         assert main(["recommend", str(run), "--file", str(lines), "--k", "4", "--to", str(target)]) == 0
         read = pl.read_parquet(target) if target.suffix == ".parquet" else pl.read_ndjson(target)
         check_lists(read, {"1": same, "2": ["i01"]}, 4)
+        before = target.read_bytes()
+        assert main(["recommend", str(run), "--user", "u03", "--to", str(target)]) == 2 and target.read_bytes() == before
+        assert "exists already" in capsys.readouterr().err
         assert read.filter(pl.col("user") == "1")["item_id"].to_list() == by_user["a"]["item_id"].to_list()[:4]
     capsys.readouterr()
     assert main(["recommend", str(run), "--user", "u03", "--k", "3"]) == 0
@@ -140,10 +143,18 @@ def test_recommend_prints_and_writes(tmp_path: Path, capsys: pytest.CaptureFixtu
 
 def test_scores_of_another_normaliser_are_named(capsys: pytest.CaptureFixture[str]):
     capsys.readouterr()
-    for more, named in (([], set()), (["--decode.normaliser", "items"], {"normaliser"})):
+    # A beam below --k is widened.
+    for more, named in (([], set()), (["--decode.normaliser", "items", "--decode.beam", "2"], {"normaliser"})):
         assert main(["recommend", str(trained()), "--history", "i03; i07", "--json", *more]) == 0
         rows = json_lines(capsys.readouterr().out)
-        assert set(rows[0]) == {"user", "rank", "item_id", "title", "score"} | named
+        assert len(rows) == 10 and set(rows[0]) == {"user", "rank", "item_id", "title", "score"} | named
+
+
+def test_histories_beyond_the_prompt_are_named(capsys: pytest.CaptureFixture[str]):
+    capsys.readouterr()
+    many = ";".join([*ITEMS, *ITEMS, *ITEMS])
+    assert main(["recommend", str(trained()), "--history", many, "--history", "i03", "--keep-seen", "--json"]) == 0
+    assert "1 of 2 histories are longer than a prompt (prompt.max_history is 16" in " ".join(capsys.readouterr().err.split())
 
 
 def test_keep_seen_may_name_seen_items(capsys: pytest.CaptureFixture[str]):

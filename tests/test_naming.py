@@ -203,7 +203,7 @@ def test_imported_codes_that_do_not_fit(tmp_path: Path, name: str, capsys: pytes
 def recommended(run: Path, k: int, capsys: pytest.CaptureFixture[str]) -> pl.DataFrame:
     capsys.readouterr()
     to = run.parent / "ranked.jsonl"
-    assert main(["recommend", str(run), "--user", "u00", "--k", str(k), "--keep-seen", "--to", str(to)]) == 0
+    assert main(["recommend", str(run), "--user", "u00", "--k", str(k), "--keep-seen", "--to", str(to), "--overwrite"]) == 0
     return pl.read_ndjson(to)
 
 

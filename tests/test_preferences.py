@@ -159,7 +159,7 @@ def test_wrong_arguments(tmp_path: Path, capsys: pytest.CaptureFixture[str], mon
         assert f"{option} {value}: " in refused(capsys, *new, option, value)
     for option in ("--user u03", "--history Heat", "--k 0", "--keep-seen", "--json", "--to a.jsonl"):
         assert f"{option.split()[0]} says nothing beside --preferences" in refused(capsys, *new, *option.split())
-    for option in ("--users 5", "--negatives 2", "--seed 0", "--overwrite"):
+    for option in ("--users 5", "--negatives 2", "--seed 0"):
         assert f"{option.split()[0]} needs --preferences" in refused(capsys, "--user", "u03", *option.split())
 
     def full(*_: Any) -> None:

@@ -228,7 +228,7 @@ def test_one_group_is_the_plain_beam_and_requests_hold() -> None:
 def test_bad_arguments_are_one_line() -> None:
     decode = recommender("fixed", 4)
     for groups, penalty, k, said in [
-        (0, 1.0, 4, "0 groups of 4 beams"), (5, 1.0, 4, "5 groups of 4 beams"), (2, -1.0, 4, "penalty is -1"),
+        (0, 1.0, 4, "0 groups share 4 beams"), (5, 1.0, 4, "5 groups share 4 beams"), (2, -1.0, 4, "penalty is -1"),
         (2, float("nan"), 4, "penalty is nan"), (2, float("inf"), 4, "penalty is inf"),
         (2, 1.0, 0, "0 items a user"), (2, 1.0, 18, "catalogue has 17"),
         (2, 1.0, 5, "raise decode.beam"),

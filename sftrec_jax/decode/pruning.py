@@ -188,7 +188,11 @@ def _checked(allowed: Allowed, n_items: int, users: int) -> tuple[np.ndarray, np
     masks, which = allowed if isinstance(allowed, tuple) else (allowed[None], np.zeros(users, np.int64))
     fits = masks.ndim == 2 and masks.shape[1] == n_items and masks.dtype == bool and which.shape == (users,)
     if not fits or not ((which >= 0) & (which < len(masks))).all():
-        raise ValueError(f"masks are {masks.dtype}{list(masks.shape)} and which {list(which.shape)}: {n_items=}, {users=}")
+        raise ValueError(
+            f"allowed needs masks bool[M, {n_items}] and for {users} users one of the M each, int[{users}]; "
+            f"they are {masks.dtype}{list(masks.shape)} and {which.dtype}{list(which.shape)}"
+            + (f" from {which.min()} to {which.max()}" if which.size else "")
+        )
     empty = np.flatnonzero(~masks.any(axis=1))
     if len(empty):
         raise UserError(f"allow-list {empty[0]} holds no item of the catalogue; name at least one")

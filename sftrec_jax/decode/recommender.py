@@ -169,10 +169,11 @@ class Recommender:
     ) -> Ranking:
         """The best `k` distinct items of `groups` groups of beams that avoid each other's tokens; see `Diverse`.
 
-        Each group gives its share of k, rounded up; lists are short where groups run out of items.
+        Each group gives its share of k, rounded up; lists are short where groups run out of items. Groups differ where items
+        share first tokens: with one token an item the list is that of `rank`.
         """
         if not 1 <= groups <= self._beam(k):
-            raise UserError(f"{groups} groups of {self._beam(k)} beams: use a number from 1 to {self._beam(k)}")
+            raise UserError(f"{groups} groups share {self._beam(k)} beams; use a number from 1 to {self._beam(k)}")
         if not 0 <= penalty < float("inf"):
             raise UserError(f"the penalty is {penalty}; use a log-probability of 0 or more")
         chooser = Diverse(jnp.float32(penalty), groups)
@@ -182,6 +183,7 @@ class Recommender:
     def log_probabilities(self, prompts: Sequence[np.ndarray], items: np.ndarray, progress: Progress | None = None) -> np.ndarray:
         """float32 [U, K] log-probability (`full`) of `items` int32 [U, K] after each prompt; -inf for item -1."""
         self.check(prompts)
+        items = np.asarray(items)
         if items.ndim != 2 or len(items) != len(prompts):
             raise ValueError(f"{len(prompts)} prompts but items are {list(items.shape)}")
         if items.size and not -1 <= items.min() <= items.max() < self.tree.n_items:

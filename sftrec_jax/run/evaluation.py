@@ -174,8 +174,8 @@ def _certainty(result: dict[str, Any]) -> list[str]:
     against = f"{other['difference']:+.4f} [{other['low']:+.4f}, {other['high']:+.4f}], p = {other['p']:.3g}"
     return [
         f"model {shown} {result['model'][name]:.4f}, 95 % interval over users [{low:.4f}, {high:.4f}]; "
-        f"against the item-item counter {against}"
-        + ("; the model is BELOW the counter: it has shown nothing yet" if result["below_counter"] else ""),
+        f"against item_item {against}"
+        + ("; the model is BELOW item_item, which only counts: train longer or better" if result["below_counter"] else ""),
         f"model {shown} by target: " + _parts(result["by_target"]["model"], name),
         f"model {shown} by history: " + _parts(result["by_history"]["model"], name),
         "lists show: " + ", ".join(f"{name} {value:.3g}" for name, value in result["exposure"]["model"].items()),

@@ -126,7 +126,7 @@ def recommend(
     decoder, step = session.trained_decoder()
     by = session.config.decode.normaliser
     console.print(f"model of {session.folder.path}, step {step}" + ("" if by == "full" else f", scores normalised over {by}"))
-    prompts = [session.prompts.prompt(h) for h in histories]
+    prompts = _prompts(session, histories)
     seen = None if keep_seen else list(histories)
     ranking = recommender(session, decoder).rank(prompts, seen, k, progress("recommending", len(prompts)), allowed)
     short = int((ranking.items < 0).any(axis=1).sum())
@@ -134,3 +134,18 @@ def recommend(
         hidden = "" if keep_seen else " (items of the history are left out; --keep-seen allows them)"
         console.print(f"{short:,} of {len(prompts):,} lists are shorter than {k}: no other item is left to recommend{hidden}")
     return recommendation_frame(list(names), session.dataset.item_ids, session.codes.titles, ranking, by)
+
+
+def _prompts(session: Session, histories: Sequence[np.ndarray]) -> list[np.ndarray]:
+    """Prompts; says how many do not hold the whole history."""
+    builder, prompts, cut = session.prompts, [], 0
+    for history in histories:
+        before = builder.counts["items_cut_to_context"]
+        prompts.append(builder.prompt(history))
+        cut += len(history) > builder.max_history or builder.counts["items_cut_to_context"] > before
+    if cut:
+        console.print(
+            f"{cut:,} of {len(prompts):,} histories are longer than a prompt (prompt.max_history is {builder.max_history}, "
+            f"train.row_length {session.config.train.row_length}); only their newest items count"
+        )
+    return prompts

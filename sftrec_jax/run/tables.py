@@ -25,8 +25,11 @@ def metrics_table(result: dict[str, Any]) -> Table:
     for name in SHOWN:
         table.add_column(name.replace("recall", "R").replace("ndcg", "N").upper(), justify="right")
     for row in ("model", *BASELINES):
-        mark = " (below item_item)" if row == "model" and result.get("below_counter") else ""
-        table.add_row(row + mark, *(f"{result[row][name]:.4f}" if name in result[row] else "-" for name in SHOWN))
+        mark = " (below)" if row == "model" and result.get("below_counter") else ""
+        table.add_row(
+            row.replace("popularity", "pop.").replace("_", " ") + mark,
+            *(f"{result[row][name]:.4f}" if name in result[row] else "-" for name in SHOWN),
+        )
     return table
 
 
