@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from sftrec_jax import __version__
-from sftrec_jax.errors import UserError
+from sftrec_jax.errors import LeakError, UserError
 
 if TYPE_CHECKING:
     from sftrec_jax.run.session import Session
@@ -24,6 +24,7 @@ EXAMPLES = {
     "prepare": "sftrec prepare configs/quick.yaml --out runs/quick",
     "train": "sftrec train runs/quick --resume",
     "evaluate": "sftrec evaluate runs/quick",
+    "baselines": "sftrec baselines configs/movielens.yaml --tie-seeds 5",
     "export": "sftrec export runs/quick --to exported --format merged",
     "add-items": "sftrec add-items runs/beauty --catalogue new.jsonl",
     "recommend": 'sftrec recommend runs/quick --history "Toy Story (1995); Heat (1995)"',
@@ -44,7 +45,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"sftrec-jax {__version__}")
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
 
-    def verb(name: str, text: str, config: bool = False) -> argparse.ArgumentParser:
+    def verb(name: str, text: str, config: bool = False, folder: bool = True) -> argparse.ArgumentParser:
         more = OVERRIDES if config else DECODING if name in ("evaluate", "recommend") else ""
         notes = f"Example: {EXAMPLES[name]}" + (f"\n{more}" if more else "")
         sub = verbs.add_parser(
@@ -59,8 +60,9 @@ def _parser() -> argparse.ArgumentParser:
             sub.add_argument(
                 "config", metavar="CONFIG", type=Path, nargs="?", help="YAML file; its relative paths are relative to it"
             )
-            sub.add_argument("--out", type=Path, metavar="DIR", help="folder of the run (default: runs/NAME_OF_CONFIG)")
-            sub.add_argument("--overwrite", action="store_true", help="remove an earlier run in DIR first")
+            if folder:
+                sub.add_argument("--out", type=Path, metavar="DIR", help="folder of the run (default: runs/NAME_OF_CONFIG)")
+                sub.add_argument("--overwrite", action="store_true", help="remove an earlier run in DIR first")
             sub.add_argument("--help-config", action="store_true", help="list every field of the config with its default")
         else:
             sub.add_argument("run", metavar="RUN", type=Path, help="folder of a run")
@@ -110,6 +112,12 @@ def _parser() -> argparse.ArgumentParser:
     add.add_argument(
         "--vectors", type=Path, metavar="FILE", help=".npy with a row for each row of FILE, where the run has `embedding.file`"
     )
+    counters = verb("baselines", "Score the baselines alone: what a model has to beat on this data.", config=True, folder=False)
+    counters.add_argument(
+        "--tie-seeds", type=int, default=1, metavar="N", help="orders of tied times to average over, from data.tie_seed up"
+    )
+    counters.add_argument("--to", type=Path, metavar="FILE", help="write the metrics as .json, too")
+    counters.add_argument("--overwrite", action="store_true", help="replace the FILE of --to")
     export = verb("export", "Write the model or the item codes for other tools.")
     export.add_argument(
         "--to", type=Path, metavar="PATH", required=True, help="folder to write (a .json file with `--format index`)"
@@ -190,9 +198,20 @@ def _evaluate(args: argparse.Namespace, extra: Sequence[str], argv: Sequence[str
     evaluate_stage(session, *session.trained_decoder(), exact=args.exact)
 
 
+def _baselines(args: argparse.Namespace, extra: Sequence[str], argv: Sequence[str]) -> None:
+    from sftrec_jax.overrides import configure, show_config
+
+    if args.help_config:
+        show_config()
+    config = configure(args.config, extra)
+    from sftrec_jax.run.baselines import baselines_stage
+
+    baselines_stage(config, args.tie_seeds, args.to, args.overwrite)
+
+
 def _check_extra(verb: str, extra: Sequence[str]) -> None:
     """UserError for options that neither the verb nor the part of the config that it may change has."""
-    if verb in ("run", "prepare"):
+    if verb in ("run", "prepare", "baselines"):
         return  # with the config, which knows all fields
     sections = ("--decode.", "--evaluate.") if verb in ("evaluate", "recommend") else ()
     for at, word in enumerate(extra):
@@ -320,12 +339,13 @@ VERBS = {
     "evaluate": _evaluate,
     "recommend": _recommend,
     "add-items": _add_items,
+    "baselines": _baselines,
     "export": _export,
 }
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point. Exit codes: 0 done, 2 wrong input (one line on standard error), 130 interrupted."""
+    """Entry point. Exit codes: 0 done, 2 wrong input (one line on standard error), 3 leaks found, 130 interrupted."""
     argv = list(sys.argv[1:] if argv is None else argv)
     # Orbax and the tokenizers library speak up about threads and forks that do not concern a user.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -336,7 +356,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         VERBS[args.verb](args, extra, argv)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
-        return 2
+        return 3 if isinstance(error, LeakError) else 2
     except KeyboardInterrupt:
         print("interrupted; `--resume` goes on from the newest checkpoint", file=sys.stderr)
         return 130

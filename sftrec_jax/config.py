@@ -34,6 +34,13 @@ class DataConfig:
     """Column of the catalogue with the title."""
     keyphrase_column: str | None = None
     """Column of the catalogue with a keyphrase (`items.tokenizer: keyphrase`); null: none is read."""
+    history_column: str | None = None
+    """Column with the items before `item_column`, as a list: the sources then hold examples, split already, and filters, times
+    and `split` do not apply (BIGRec, D3, MiniOneRec); null: the source is a log."""
+    valid_source: str | None = None
+    """Examples of validation, where `history_column` is set; `source` has those of train."""
+    test_source: str | None = None
+    """Examples of test, where `history_column` is set."""
     text_columns: tuple[str, ...] = ()
     """Columns of the catalogue that are joined to the text of an item (`embedding.text`); empty: the title alone."""
     min_rating: float | None = None
@@ -62,6 +69,10 @@ class DataConfig:
         _require(
             self.min_rating is None or self.rating_column is not None,
             f"data.min_rating is {self.min_rating} but data.rating_column is not set; name the column",
+        )
+        _require(
+            self.history_column is not None or (self.valid_source is None and self.test_source is None),
+            "data.valid_source or data.test_source is set but data.history_column is not; name the column with the histories",
         )
 
 
@@ -372,11 +383,18 @@ class EvaluateConfig:
     """Users whose unconstrained output is checked for items that do not exist."""
     grounding_users: int = 0
     """Users for whom freely written text is also grounded by its nearest items, as BIGRec does, for comparison."""
+    mask_seen: bool = True
+    """Items of the history are left out of lists; false where users take items again and targets may be repeats."""
+    counter_decay: float = 0.8
+    """The item-item counter: weight of the j-th newest item of a history is this to the power j."""
+    accept_leaks: tuple[str, ...] = ()
+    """Findings of the leak linter, by name, that do not stop `prepare` and `evaluate`; recorded in the protocol card."""
 
     def __post_init__(self) -> None:
         _require(self.users is None or self.users >= 1, f"evaluate.users is {self.users}; use 1 or more, or null for all")
         for name in ("unconstrained_users", "grounding_users"):
             _require(getattr(self, name) >= 0, f"evaluate.{name} is {getattr(self, name)}; use 0 or more")
+        _require(0 < self.counter_decay <= 1, f"evaluate.counter_decay is {self.counter_decay}; use a value in (0, 1]")
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from sftrec_jax.data.known import check_present, expand
 from sftrec_jax.errors import UserError
 
 PATH_FIELDS = {
-    "data": ("source", "catalogue"),
+    "data": ("source", "valid_source", "test_source", "catalogue"),
     "items": ("codes_file",),
     "embedding": ("file", "sentence_model"),
     "model": ("base", "tokenizer"),

@@ -19,7 +19,8 @@ USERS = st.lists(st.lists(st.integers(0, N_ITEMS - 1), max_size=6), min_size=1, 
 def arrays(histories: list[list[int]], held_out: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     lengths = np.asarray([len(h) for h in histories], np.int64)
     items = np.asarray([i for h in histories for i in h], np.int32)
-    return np.concatenate([[0], np.cumsum(lengths)]), items, np.maximum(lengths - held_out, 0)
+    trains = [at < len(h) - held_out for h in histories for at in range(len(h))]
+    return np.concatenate([[0], np.cumsum(lengths)]), items, np.asarray(trains, bool)
 
 
 @given(USERS, st.integers(0, 2), st.integers(1, 9), st.booleans())
@@ -86,7 +87,7 @@ def test_item_item_ranks_by_its_definition(histories: list[list[int]], held_out:
 
 @given(USERS, st.integers(0, 2), st.booleans(), st.integers(0, 99))
 def test_recent_popularity_counts_the_newest(histories: list[list[int]], held_out: int, timed: bool, seed: int) -> None:
-    offsets, items, train_end = arrays(histories, held_out)
+    offsets, items, trains = arrays(histories, held_out)
     train = [h[: max(len(h) - held_out, 0)] for h in histories]
     times = np.random.default_rng(seed).integers(0, 5, len(items))
     times = np.concatenate([np.zeros(0, np.int64), *(np.sort(t) for t in np.split(times, offsets[1:-1]))])
@@ -97,7 +98,7 @@ def test_recent_popularity_counts_the_newest(histories: list[list[int]], held_ou
     else:
         newest = Counter(h[-1] for h in train if h)
     popular = Counter(i for h in train for i in h)
-    fitted = Popularity.fit_recent(offsets, items, train_end, N_ITEMS, times if timed else None)
+    fitted = Popularity.fit_recent(offsets, items, trains, N_ITEMS, times if timed else None)
     counts = [(newest[i], popular[i]) for i in fitted.order.tolist()]
     assert sorted(fitted.order.tolist()) == list(range(N_ITEMS)) and counts == sorted(counts, reverse=True)
 
@@ -115,7 +116,7 @@ def test_counter_reaches_its_published_figures_on_beauty() -> None:
     dataset = prepare_dataset(config)
     asked = [dataset.history(u)[: dataset.test_position[u]] for u in range(len(dataset.user_ids))]
     targets = np.asarray([dataset.history(u)[dataset.test_position[u]] for u in range(len(dataset.user_ids))])
-    fitted = ItemItem.fit(dataset.offsets, dataset.items, dataset.train_end, len(dataset.item_ids))
+    fitted = ItemItem.fit(dataset.offsets, dataset.items, dataset.trains, len(dataset.item_ids))
     found = ranking_metrics(fitted.rank(asked, 10, True), targets, (5, 10))
     for name, published in {"recall@5": 0.0561, "ndcg@5": 0.0414, "recall@10": 0.0770, "ndcg@10": 0.0482}.items():
         assert found[name] == pytest.approx(published, rel=0.01), found
@@ -123,15 +124,16 @@ def test_counter_reaches_its_published_figures_on_beauty() -> None:
 
 @pytest.mark.parametrize("kind", [Popularity, Markov, ItemItem])
 def test_equal_scores_follow_the_seed_and_not_the_index(kind) -> None:
-    offsets, items, train_end = np.asarray([0, 2]), np.asarray([0, 1], np.int32), np.asarray([2])
+    offsets, items, trains = np.asarray([0, 2]), np.asarray([0, 1], np.int32), np.ones(2, bool)
     nobody = [np.zeros(0, np.int32)]
-    orders = [kind.fit(offsets, items, train_end, 200, seed).rank(nobody, 200, False)[0, 2:] for seed in (0, 0, 1)]
+    orders = [kind.fit(offsets, items, trains, 200, seed).rank(nobody, 200, False)[0, 2:] for seed in (0, 0, 1)]
     assert (orders[0] == orders[1]).all() and (orders[0] != orders[2]).any()
     for order in orders:
         assert abs(np.corrcoef(order, np.arange(198))[0, 1]) < 0.25
 
 
 def test_held_out_items_are_not_counted() -> None:
-    offsets, items, train_end = np.asarray([0, 4, 8]), np.asarray([0, 1, 5, 5, 0, 1, 5, 5], np.int32), np.asarray([2, 2])
-    ranked = Markov.fit(offsets, items, train_end, 6).rank([np.asarray([1]), np.asarray([0])], 2, False)
+    offsets, items = np.asarray([0, 4, 8]), np.asarray([0, 1, 5, 5, 0, 1, 5, 5], np.int32)
+    trains = np.asarray([True, True, False, False] * 2)
+    ranked = Markov.fit(offsets, items, trains, 6).rank([np.asarray([1]), np.asarray([0])], 2, False)
     assert set(ranked[0].tolist()) == {0, 1} and ranked[1].tolist()[0] == 1

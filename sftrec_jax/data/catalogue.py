@@ -77,3 +77,17 @@ def catalogue_of_log(items: pl.Series, where: str) -> Catalogue:
 def kept(values: pl.Series, keep: np.ndarray) -> np.ndarray:
     """The texts [kept] as an object array, of the items where `keep` (bool [n_items]) is true."""
     return np.array(values.filter(pl.Series(keep)).to_list(), dtype=object)
+
+
+def item_indices(log: pl.DataFrame, catalogue: Catalogue, where: str) -> pl.Series:
+    """Int32 [rows], indices into the catalogue; UserError for an item that it lacks."""
+    codes = pl.DataFrame({"item": catalogue.item_ids, "code": np.arange(catalogue.item_ids.len(), dtype=np.int32)})
+    joined = log.select("item", "row").join(codes, on="item", how="left", maintain_order="left")
+    unknown = joined.filter(pl.col("code").is_null())
+    if unknown.height:
+        first = unknown.row(0, named=True)
+        raise UserError(
+            f"{where}: item {first['item']!r} in row {first['row']} is not in the catalogue {catalogue.where}"
+            f" ({unknown['item'].n_unique()} such items in {unknown.height} rows); add the items there or remove the rows"
+        )
+    return joined["code"].rename("item")

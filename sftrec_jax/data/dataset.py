@@ -4,7 +4,7 @@ import hashlib
 import io
 import json
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +55,25 @@ class Dataset:
     """Counts: what came in, what was kept, why the rest was not; numbers, texts and nulls only."""
     text: ItemText | None = None
     """None for a data set made by hand."""
+    train_begin: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
+    """int64 [U], position of the first training target; the items before it are its context alone, told of in other rows
+    (0 but for data that come as examples)."""
+
+    def __post_init__(self) -> None:
+        if not len(self.train_begin):
+            object.__setattr__(self, "train_begin", np.zeros(len(self.user_ids), np.int64))
+
+    @property
+    def trains(self) -> np.ndarray:
+        """bool [N], which interactions are training targets: each training interaction of the source once."""
+        lengths = np.diff(self.offsets)
+        position = np.arange(len(self.items)) - np.repeat(self.offsets[:-1], lengths)
+        return (position >= np.repeat(self.train_begin, lengths)) & (position < np.repeat(self.train_end, lengths))
+
+    @property
+    def given(self) -> bool:
+        """Whether the data came as examples, with their split."""
+        return self.report.get("split") == "given"
 
     @property
     def timed(self) -> bool:
@@ -88,6 +107,7 @@ class Dataset:
             "users.parquet": pl.DataFrame(
                 {
                     "user_id": pl.Series(self.user_ids.tolist(), dtype=pl.String),
+                    "train_begin": self.train_begin,
                     "train_end": self.train_end,
                     "valid_position": self.valid_position,
                     "test_position": self.test_position,
@@ -146,6 +166,8 @@ class Dataset:
             test_position=users["test_position"].to_numpy(),
             report=report,
             text=ItemText(_texts(catalogue["text"]), _texts(catalogue["keyphrase"]), catalogue["row"].to_numpy()),
+            # Data prepared before there were examples as a source lack the column.
+            train_begin=users["train_begin"].to_numpy() if "train_begin" in users.columns else np.zeros(users.height, np.int64),
         )
 
 

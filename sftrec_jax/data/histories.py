@@ -39,6 +39,16 @@ def tied_share(log: pl.DataFrame) -> float:
     return float(log.select((pl.len().over("user", "time", "fraction") > 1).mean()).item() or 0.0)
 
 
+def tied_in_file_order(log: pl.DataFrame) -> tuple[float | None, int]:
+    """Of neighbours in a history with equal times, the share whose rows (column `row`) rise, and their number.
+
+    One half where the order of the file says nothing; None without such neighbours.
+    """
+    same = pl.all_horizontal(pl.col(c) == pl.col(c).shift() for c in ("user", "time", "fraction"))
+    rises = log.select(same=same, rises=pl.col("row") > pl.col("row").shift()).filter(pl.col("same"))["rises"]
+    return (int(rises.sum()) / rises.len(), rises.len()) if rises.len() else (None, 0)
+
+
 def text_hashes(texts: list[str], seed: int, kind: str) -> np.ndarray:
     """uint64 [len(texts)]: BLAKE2b of (seed, kind, text); the same on every machine and in every version."""
     key = f"{seed}:{kind}".encode()

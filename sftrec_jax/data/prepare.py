@@ -9,10 +9,11 @@ import numpy as np
 import polars as pl
 
 from sftrec_jax.config import DataConfig
-from sftrec_jax.data.catalogue import Catalogue, catalogue_of_log, kept, read_catalogue
+from sftrec_jax.data.catalogue import Catalogue, catalogue_of_log, item_indices, kept, read_catalogue
 from sftrec_jax.data.columns import ratings, text_ids, times
 from sftrec_jax.data.dataset import Dataset, ItemText
-from sftrec_jax.data.histories import drop_duplicates, k_core, text_hashes, tied_share, time_order
+from sftrec_jax.data.examples import PARTS, read_examples
+from sftrec_jax.data.histories import drop_duplicates, k_core, text_hashes, tied_in_file_order, tied_share, time_order
 from sftrec_jax.data.readers import TABLE_EXTENSIONS, read_table, unknown_type
 from sftrec_jax.data.sequences import read_sequences
 from sftrec_jax.data.splits import Split, leave_one_out, temporal
@@ -29,7 +30,7 @@ def prepare_dataset(config: DataConfig) -> Dataset:
     if config.source == MOVIELENS:
         with importlib.resources.as_file(importlib.resources.files("sftrec_jax.data") / "movielens") as folder:
             return _prepare(_movielens(config, folder), shown_source=MOVIELENS)
-    return _prepare(config, shown_source=config.source)
+    return _prepare(config, config.source) if config.history_column is None else _prepare_examples(config)
 
 
 def _movielens(config: DataConfig, folder: Path) -> DataConfig:
@@ -62,7 +63,7 @@ def _prepare(config: DataConfig, shown_source: str) -> Dataset:
     catalogue = (
         catalogue_of_log(log["item"], table.where) if config.catalogue is None else read_catalogue(Path(config.catalogue), config)
     )
-    log = log.with_columns(_item_indices(log, catalogue, table.where))
+    log = log.with_columns(item_indices(log, catalogue, table.where))
     report: dict[str, Any] = {
         "source": shown_source,
         "interactions_read": log.height,
@@ -78,6 +79,7 @@ def _prepare(config: DataConfig, shown_source: str) -> Dataset:
     log = log.join(codes, on="user", how="left", maintain_order="left").with_columns(user=pl.col("code")).drop("code")
     log = _ordered(log, timed, config.tie_seed, user_ids, catalogue)
     report["tied_timestamp_share"] = tied_share(log) if timed else 0.0
+    report["tied_in_file_order_share"], report["tied_pairs"] = tied_in_file_order(log) if timed else (None, 0)
 
     items = log["item"].to_numpy()
     counts = np.bincount(items, minlength=catalogue.item_ids.len())
@@ -109,6 +111,58 @@ def _prepare(config: DataConfig, shown_source: str) -> Dataset:
         report=report,
         text=ItemText(kept(catalogue.texts, keep), kept(catalogue.keyphrases, keep), np.flatnonzero(keep)),
     )
+
+
+def _prepare_examples(config: DataConfig) -> Dataset:
+    """Every row a history of its own: nothing is filtered, ordered or split here."""
+    read = read_examples(config)
+    catalogue = (
+        catalogue_of_log(read.items, config.source)
+        if config.catalogue is None
+        else read_catalogue(Path(config.catalogue), config)
+    )
+    log = pl.DataFrame({"item": read.items, "row": read.rows})
+    ends = read.offsets[np.cumsum([0, *(read.counts[part] for part in PARTS)])]
+    parts = [
+        item_indices(log[int(begin) : int(end)], catalogue, read.where[int(np.searchsorted(read.offsets, begin))])
+        for begin, end in zip(ends[:-1], ends[1:], strict=True)
+        if end > begin
+    ]
+    items = np.concatenate([part.to_numpy() for part in parts]).astype(np.int32)
+    everything = np.ones(catalogue.item_ids.len(), bool)
+    lengths = np.diff(read.offsets)
+    dataset = Dataset(
+        user_ids=np.array(read.names, dtype=object),
+        item_ids=kept(catalogue.item_ids, everything),
+        titles=kept(catalogue.titles, everything),
+        offsets=read.offsets,
+        items=items,
+        timestamps=np.arange(len(items)) - np.repeat(read.offsets[:-1], lengths),
+        train_end=read.split.train_end,
+        valid_position=read.split.valid_position,
+        test_position=read.split.test_position,
+        report={},
+        text=ItemText(kept(catalogue.texts, everything), kept(catalogue.keyphrases, everything), np.arange(len(everything))),
+        train_begin=read.train_begin,
+    )
+    trained = np.bincount(items[dataset.trains], minlength=len(everything)) > 0
+    targets = items[(read.offsets[:-1] + read.split.test_position)[read.split.test_position >= 0]]
+    dataset.report.update(
+        {
+            "source": config.source,
+            "split": "given",
+            "catalogue_items_read": len(everything),
+            "missing_titles": catalogue.missing_titles,
+            "missing_texts": int((catalogue.texts == "").sum()),
+            "training_interactions": read.counts["train"],
+            "validation_targets": read.counts["valid"],
+            "test_targets": read.counts["test"],
+            "test_targets_without_history": int((read.split.test_position == 0).sum()),
+            "test_targets_never_trained": int((~trained[targets]).sum()),
+            "tied_timestamp_share": None,
+        }
+    )
+    return dataset
 
 
 def _read_log(config: DataConfig) -> Table:
@@ -143,20 +197,6 @@ def _checked_log(table: Table, config: DataConfig, timed: bool) -> pl.DataFrame:
     else:
         log = log.with_columns(time=pl.int_range(pl.len(), dtype=pl.Int64), fraction=pl.lit(0, dtype=pl.Int64))
     return log if config.rating_column is None else log.with_columns(rating=ratings(table))
-
-
-def _item_indices(log: pl.DataFrame, catalogue: Catalogue, where: str) -> pl.Series:
-    """Int32 [rows], indices into the catalogue; UserError for an item that it lacks."""
-    codes = pl.DataFrame({"item": catalogue.item_ids, "code": np.arange(catalogue.item_ids.len(), dtype=np.int32)})
-    joined = log.select("item", "row").join(codes, on="item", how="left", maintain_order="left")
-    unknown = joined.filter(pl.col("code").is_null())
-    if unknown.height:
-        first = unknown.row(0, named=True)
-        raise UserError(
-            f"{where}: item {first['item']!r} in row {first['row']} is not in the catalogue {catalogue.where}"
-            f" ({unknown['item'].n_unique()} such items in {unknown.height} rows); add the items there or remove the rows"
-        )
-    return joined["code"].rename("item")
 
 
 def _filtered(log: pl.DataFrame, config: DataConfig, timed: bool, report: dict[str, Any], where: str) -> pl.DataFrame:

@@ -84,7 +84,7 @@ class PromptBuilder:
         self.counts["items_cut_to_context"] += cut
         return self._write(items)
 
-    def examples(self, train_history: np.ndarray) -> list[Example]:
+    def examples(self, train_history: np.ndarray, begin: int = 0) -> list[Example]:
         """Training examples of one user.
 
         `stream`: one example a window, every item in it a target. `instruct`: one example for each target, which is
@@ -92,19 +92,20 @@ class PromptBuilder:
 
         Args:
             train_history: int [h] item indices of the user's training part, oldest first.
+            begin: items before this position are context and no target (`Dataset.train_begin`).
 
         Raises: UserError where a single item does not fit into the context.
         """
-        made = self._stream(train_history) if self.format == "stream" else self._instruct(train_history)
+        made = self._stream(train_history, begin) if self.format == "stream" else self._instruct(train_history, begin)
         self.counts["examples"] += len(made)
         self.counts["targets"] += sum(len(e.labels) for e in made)
         return made
 
-    def _stream(self, history: np.ndarray) -> list[Example]:
+    def _stream(self, history: np.ndarray, target_begin: int) -> list[Example]:
         lengths = self._lengths(history)
         made = []
         end = len(history)
-        while end > 0:
+        while end > target_begin:
             begin = max(0, end - self.max_history)
             fit = self._newest_that_fit(lengths[begin:end], len(self.bos) - 1)  # the last token of the window is not fed
             if fit == 0:
@@ -113,16 +114,17 @@ class PromptBuilder:
             begin = end - fit
             labels = self._items(history[begin:end])
             tokens = np.concatenate([self.bos, labels[:-1]])
-            made.append(_example(tokens, 0, labels))
+            context = int(lengths[begin:target_begin].sum()) if begin < target_begin else 0
+            made.append(_example(tokens, context, labels[context:]))
             end = begin
             if self.windows == "last":
-                self.counts["training_items_left_out"] += begin
+                self.counts["training_items_left_out"] += max(0, begin - target_begin)
                 break
         return made[::-1]
 
-    def _instruct(self, history: np.ndarray) -> list[Example]:
-        first = 1 if self.windows == "all" else max(1, len(history) - self.max_history)
-        self.counts["training_items_left_out"] += min(first, len(history))
+    def _instruct(self, history: np.ndarray, begin: int) -> list[Example]:
+        first = max(begin, 1 if self.windows == "all" else max(1, len(history) - self.max_history))
+        self.counts["training_items_left_out"] += min(first, len(history)) - min(begin, len(history))
         made = []
         for position in range(first, len(history)):
             items, cut = self._fitting(history[:position])

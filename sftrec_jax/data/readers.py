@@ -5,6 +5,7 @@ import io
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import polars as pl
 from polars.exceptions import PolarsError
@@ -14,7 +15,9 @@ from sftrec_jax.data.table import Column, Table, by_role, require_columns
 from sftrec_jax.data.textfile import extension, read_bytes, read_utf8
 from sftrec_jax.errors import UserError
 
-TABLE_EXTENSIONS = (".csv", ".tsv", ".parquet", ".jsonl", ".ndjson", ".inter", ".item")
+TABLE_EXTENSIONS = (".csv", ".tsv", ".parquet", ".jsonl", ".ndjson", ".json", ".inter", ".item")
+KEY = "item_id"
+"""Name under which the key of a `.json` object stands beside the fields of its value."""
 
 
 def read_table(path: Path, columns: Sequence[Column]) -> Table:
@@ -28,6 +31,8 @@ def read_table(path: Path, columns: Sequence[Column]) -> Table:
         return _read_delimited(path, kind, columns)
     if kind in (".jsonl", ".ndjson"):
         return _read_json_lines(path, columns)
+    if kind == ".json":
+        return _read_json_object(path, columns)
     if kind == ".parquet":
         return _read_parquet(path, columns)
     raise unknown_type(path, TABLE_EXTENSIONS)
@@ -112,6 +117,27 @@ def _json_problem(line: bytes) -> str:
     except ValueError as error:
         return str(error)
     return "" if isinstance(value, dict) else f"found {type(value).__name__}"
+
+
+def _read_json_object(path: Path, columns: Sequence[Column]) -> Table:
+    """{"0": {"title": ...}, ...} as MiniOneRec's item.json: a row an entry, counted from 1, its key as `item_id`."""
+    form = 'write it as {"ITEM": {"title": ...}}, or as .jsonl'
+    try:
+        entries = json.loads(read_utf8(path))
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: not JSON ({error}); {form}") from None
+    if not isinstance(entries, dict) or not all(isinstance(value, dict) for value in entries.values()):
+        raise UserError(f"{path}: not an object of objects; {form}")
+    present = list(dict.fromkeys([KEY, *(name for value in entries.values() for name in value)]))
+    require_columns(str(path), columns, present)
+    names = {column.name for column in columns}
+    rows = [{name: _as_text(({KEY: key} | value).get(name)) for name in names} for key, value in entries.items()]
+    frame = pl.DataFrame(rows, schema={name: pl.String for name in names})
+    return Table(by_role(frame, columns, pl.int_range(1, pl.len() + 1)), str(path))
+
+
+def _as_text(value: Any) -> str | None:
+    return value if value is None or isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
 def _read_parquet(path: Path, columns: Sequence[Column]) -> Table:

@@ -21,17 +21,17 @@ class Popularity:
     """int32 [n_items] items, most popular first; those without interactions last."""
 
     @classmethod
-    def fit(cls, offsets: np.ndarray, items: np.ndarray, train_end: np.ndarray, n_items: int, seed: int = 0) -> Popularity:
-        """Counts the training part of every history.
+    def fit(cls, offsets: np.ndarray, items: np.ndarray, trains: np.ndarray, n_items: int, seed: int = 0) -> Popularity:
+        """Counts training targets.
 
         Args:
             offsets: int64 [U + 1]; the history of user u is items[offsets[u] : offsets[u + 1]].
             items: int32 [N] item indices.
-            train_end: int64 [U] number of leading items of each history that are training data.
+            trains: bool [N], which of them are training targets (`Dataset.trains`).
             n_items: size of the catalogue.
             seed: of the order among equals.
         """
-        counts = np.bincount(items[is_train(offsets, train_end)], minlength=n_items)
+        counts = np.bincount(items[trains], minlength=n_items)
         return cls(np.lexsort((_hash(n_items, seed), -counts)).astype(np.int32))
 
     @classmethod
@@ -39,7 +39,7 @@ class Popularity:
         cls,
         offsets: np.ndarray,
         items: np.ndarray,
-        train_end: np.ndarray,
+        trains: np.ndarray,
         n_items: int,
         timestamps: np.ndarray | None,
         seed: int = 0,
@@ -51,14 +51,14 @@ class Popularity:
             timestamps: int64 [N] seconds; None where the source has no time: then the newest of each user count.
             share: of the training interactions, those with the time of the last one among these included.
         """
-        train = is_train(offsets, train_end)
         if timestamps is None:
-            recent = np.zeros_like(train)
-            recent[(offsets[:-1] + train_end - 1)[train_end > 0]] = True
+            user, places = np.repeat(np.arange(len(offsets) - 1), np.diff(offsets))[trains], np.flatnonzero(trains)
+            recent = np.zeros_like(trains)
+            recent[places[np.append(user[1:] != user[:-1], True)] if len(places) else places] = True
         else:
-            times = np.sort(timestamps[train])
-            recent = train & (timestamps >= times[int((1 - share) * len(times))]) if len(times) else train
-        newest, all_counts = (np.bincount(items[chosen], minlength=n_items) for chosen in (recent, train))
+            times = np.sort(timestamps[trains])
+            recent = trains & (timestamps >= times[int((1 - share) * len(times))]) if len(times) else trains
+        newest, all_counts = (np.bincount(items[chosen], minlength=n_items) for chosen in (recent, trains))
         return cls(np.lexsort((_hash(n_items, seed), -all_counts, -newest)).astype(np.int32))
 
     def rank(self, histories: Sequence[np.ndarray], k: int, mask_seen: bool) -> np.ndarray:
@@ -84,16 +84,15 @@ class Markov:
     """int64 [n_items, n_items]; row x, column y: how often y directly followed x."""
 
     @classmethod
-    def fit(cls, offsets: np.ndarray, items: np.ndarray, train_end: np.ndarray, n_items: int, seed: int = 0) -> Markov:
-        """Counts direct transitions within the training part of every history. Arguments as for `Popularity.fit`."""
-        train = is_train(offsets, train_end)
-        both = train[:-1] & train[1:]
+    def fit(cls, offsets: np.ndarray, items: np.ndarray, trains: np.ndarray, n_items: int, seed: int = 0) -> Markov:
+        """Counts direct transitions to training targets. Arguments as for `Popularity.fit`."""
+        both = np.array(trains[1:])
         starts = np.asarray(offsets[1:-1])
         both[starts[(starts > 0) & (starts < len(items))] - 1] = False  # the next item is another user's
         pairs = (items[:-1][both], items[1:][both])
         counts = coo_array((np.ones(len(pairs[0]), np.int64), pairs), shape=(n_items, n_items)).tocsr()
         counts.sum_duplicates()
-        return cls(Popularity.fit(offsets, items, train_end, n_items, seed), counts)
+        return cls(Popularity.fit(offsets, items, trains, n_items, seed), counts)
 
     def rank(self, histories: Sequence[np.ndarray], k: int, mask_seen: bool) -> np.ndarray:
         """Best k items for each history: by transition count, then popularity. As `Popularity.rank`."""
@@ -130,12 +129,6 @@ def _first(sources: tuple[list[int], ...], skip: set[int], k: int) -> Iterator[i
                 skip.add(item)
                 k -= 1
                 yield item
-
-
-def is_train(offsets: np.ndarray, train_end: np.ndarray) -> np.ndarray:
-    lengths = np.diff(offsets)
-    position = np.arange(offsets[-1]) - np.repeat(offsets[:-1], lengths)
-    return position < np.repeat(train_end, lengths)
 
 
 def _hash(n: int, seed: int) -> np.ndarray:

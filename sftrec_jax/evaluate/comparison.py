@@ -23,11 +23,11 @@ class Baseline(Protocol):
         ...
 
 
-def fit_baselines(dataset: Dataset) -> dict[str, Baseline]:
-    """The `BASELINES`, fitted on the training interactions alone."""
-    fit = (dataset.offsets, dataset.items, dataset.train_end, len(dataset.item_ids))
+def fit_baselines(dataset: Dataset, counter_decay: float = 0.8) -> dict[str, Baseline]:
+    """The `BASELINES`, fitted on the training interactions alone; `counter_decay`: see `ItemItem.fit`."""
+    fit = (dataset.offsets, dataset.items, dataset.trains, len(dataset.item_ids))
     recent = Popularity.fit_recent(*fit, dataset.timestamps if dataset.timed else None)
-    every = (Popularity.fit(*fit), recent, Markov.fit(*fit), ItemItem.fit(*fit))
+    every = (Popularity.fit(*fit), recent, Markov.fit(*fit), ItemItem.fit(*fit, decay=counter_decay))
     return dict(zip(BASELINES, every, strict=True))
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.sparse import coo_array, csr_array
 
-from sftrec_jax.evaluate.baselines import Popularity, is_train, lists
+from sftrec_jax.evaluate.baselines import Popularity, lists
 
 USERS_AT_ONCE = 1024
 
@@ -33,30 +33,29 @@ class ItemItem:
         cls,
         offsets: np.ndarray,
         items: np.ndarray,
-        train_end: np.ndarray,
+        trains: np.ndarray,
         n_items: int,
         seed: int = 0,
         steps: int = 5,
         decay: float = 0.8,
         last: int = 20,
     ) -> ItemItem:
-        """Counts pairs within the training part of every history. Arguments as for `Popularity.fit`, and
+        """Counts pairs whose later item is a training target. Arguments as for `Popularity.fit`, and
 
         Args:
             steps: most steps between the items of a pair.
             decay: weight of the j-th newest item of a history is `decay` to the power j, j from 0.
             last: so many of the newest items of a history count.
         """
-        train = is_train(offsets, train_end)
         user = np.repeat(np.arange(len(offsets) - 1), np.diff(offsets))
         counts = csr_array((n_items, n_items), dtype=np.float64)
         for d in range(1, min(steps, len(items) - 1) + 1):
-            both = train[:-d] & train[d:] & (user[:-d] == user[d:])
+            both = trains[d:] & (user[:-d] == user[d:])
             pairs = (items[:-d][both], items[d:][both])
             counts = counts + coo_array((np.full(len(pairs[0]), 1 / d), pairs), shape=counts.shape).tocsr()
         counts = csr_array(counts)
         counts.data /= np.repeat(1 + counts.sum(axis=1), np.diff(counts.indptr))
-        return cls(Popularity.fit(offsets, items, train_end, n_items, seed), counts, decay, last)
+        return cls(Popularity.fit(offsets, items, trains, n_items, seed), counts, decay, last)
 
     def rank(self, histories: Sequence[np.ndarray], k: int, mask_seen: bool) -> np.ndarray:
         """Best k items for each history: by score, then popularity. As `Popularity.rank`."""

@@ -10,39 +10,21 @@ from typing import Any
 import numpy as np
 
 import sftrec_jax
+from sftrec_jax.config import RunConfig
+from sftrec_jax.data.dataset import Dataset
 from sftrec_jax.run.session import Session
 
 
 def protocol_card(session: Session, step: int, users: int) -> dict[str, Any]:
     """JSON-serialisable; equal cards mean that metrics were taken in the same way, of the same data and codes.
 
-    Hashes are SHA-256 of contents, not of files: they do not change with a file format. `data.source` and `model.base` are
-    names without folders.
-
     Args:
         session: the run as it was evaluated, options of the command line included.
         step: of the checkpoint.
         users: with a test target, that were evaluated.
     """
-    config, dataset, codes = session.config, session.dataset, session.codes
-    histories = _hash(_texts(dataset.user_ids), _bytes(dataset.offsets), _bytes(dataset.items))
-    split = _hash(_bytes(dataset.train_end), _bytes(dataset.valid_position), _bytes(dataset.test_position))
-    fractions = {"valid_fraction": config.data.valid_fraction, "test_fraction": config.data.test_fraction}
-    order = {"by": "time", "ties_by": "hash of (tie_seed, user, item)", "tie_seed": config.data.tie_seed}
-    return {
-        "data": {
-            "source": _name(str(dataset.report.get("source", config.data.source))),
-            "users": len(dataset.user_ids),
-            "items": len(dataset.item_ids),
-            "interactions": len(dataset.items),
-            "histories_sha256": histories,
-            "catalogue_sha256": _hash(_texts(dataset.item_ids), _texts(dataset.titles)),
-        },
-        "split": {"kind": config.data.split, "sha256": split} | (fractions if config.data.split == "temporal" else {}),
-        "order": (order if dataset.timed else {"by": "the source's order"})
-        | {"tied_timestamp_share": dataset.report.get("tied_timestamp_share")},
-        "candidates": "all items of the catalogue but those of the history",
-        "users_evaluated": users,
+    config, codes = session.config, session.codes
+    return data_card(config, session.dataset, users) | {
         "items": {
             "tokenizer": config.items.tokenizer,
             "codes_sha256": _hash(_bytes(codes.codes)),
@@ -59,6 +41,36 @@ def protocol_card(session: Session, step: int, users: int) -> dict[str, Any]:
             "semantic": config.semantic.seed,
             "train": config.train.seed,
         },
+    }
+
+
+def data_card(config: RunConfig, dataset: Dataset, users: int) -> dict[str, Any]:
+    """The part of the card that says how data were split, ordered and ranked, and by which program.
+
+    Hashes are SHA-256 of contents, not of files: they do not change with a file format. `data.source` is a name without
+    folders. Arguments as for `protocol_card`.
+    """
+    histories = _hash(_texts(dataset.user_ids), _bytes(dataset.offsets), _bytes(dataset.items))
+    places = [dataset.train_end, dataset.valid_position, dataset.test_position]
+    kind = "given" if dataset.given else config.data.split
+    split = _hash(*map(_bytes, [*places, dataset.train_begin] if dataset.given else places))
+    fractions = {"valid_fraction": config.data.valid_fraction, "test_fraction": config.data.test_fraction}
+    order = {"by": "time", "ties_by": "hash of (tie_seed, user, item)", "tie_seed": config.data.tie_seed}
+    return {
+        "data": {
+            "source": _name(str(dataset.report.get("source", config.data.source))),
+            "users": len(dataset.user_ids),
+            "items": len(dataset.item_ids),
+            "interactions": len(dataset.items),
+            "histories_sha256": histories,
+            "catalogue_sha256": _hash(_texts(dataset.item_ids), _texts(dataset.titles)),
+        },
+        "split": {"kind": kind, "sha256": split} | (fractions if kind == "temporal" else {}),
+        "order": (order if dataset.timed else {"by": "the source's order"})
+        | {"tied_timestamp_share": dataset.report.get("tied_timestamp_share")},
+        "candidates": "all items of the catalogue" + (" but those of the history" if config.evaluate.mask_seen else ""),
+        "users_evaluated": users,
+        "baselines": {"counter_decay": config.evaluate.counter_decay},
         "code": {"source_sha256": source_hash()} | {name: version(name) for name in ("sftrec-jax", "jax", "flax", "numpy")},
     }
 

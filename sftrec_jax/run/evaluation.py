@@ -97,7 +97,9 @@ def evaluate_stage(session: Session, decoder: Decoder, step: int, exact: bool = 
     dataset, config = session.dataset, session.config
     k = min(config.decode.top_k, len(dataset.item_ids))
     with_target = draw(np.flatnonzero(dataset.test_position >= 0), config.evaluate.users, session)
-    others = np.flatnonzero(dataset.test_position < 0) if config.evaluate.users is None else with_target[:0]
+    # Rows of train and validation are nobody who waits for a recommendation.
+    everyone = config.evaluate.users is None and not dataset.given
+    others = np.flatnonzero(dataset.test_position < 0) if everyone else with_target[:0]
     users = np.concatenate([with_target, others])
     asked = Asked(session, users, dataset.test_position)
     decode = recommender(session, decoder)
@@ -105,37 +107,41 @@ def evaluate_stage(session: Session, decoder: Decoder, step: int, exact: bool = 
     tested = len(with_target)
     targets, histories = asked.targets[:tested], asked.histories[:tested]
     groups, n_items = decode.groups, len(dataset.item_ids)
+    mask = config.evaluate.mask_seen
+    shown, other = (masked, unmasked) if mask else (unmasked, masked)
     rows: dict[str, tuple[np.ndarray, np.ndarray, CodeGroups | None]] = {
-        "model": (masked.items[:tested], unmasked.items[:tested], groups)
+        "model": (shown.items[:tested], other.items[:tested], groups)
     }
-    for name, baseline in fit_baselines(dataset).items():
-        rows[name] = (baseline.rank(histories, k, True), baseline.rank(histories, k, False), None)
+    for name, baseline in fit_baselines(dataset, config.evaluate.counter_decay).items():
+        rows[name] = (baseline.rank(histories, k, mask), baseline.rank(histories, k, not mask), None)
     result: dict[str, Any] = {name: {} for name in rows}
     if tested:
-        values = {name: list_values(lists, targets, tied, histories, n_items) for name, (lists, _, tied) in rows.items()}
+        left_out = (histories, None) if mask else (None, histories)
+        values = {name: list_values(lists, targets, tied, left_out[0], n_items) for name, (lists, _, tied) in rows.items()}
         for name, (_, lists, tied) in rows.items():
-            plain = _means(list_values(lists, targets, tied, None, n_items))
-            result[name] = _means(values[name]) | {f"{key}_unmasked": v for key, v in plain.items()}
+            means = _means(list_values(lists, targets, tied, left_out[1], n_items))
+            result[name] = _means(values[name]) | {f"{key}_{'unmasked' if mask else 'masked'}": v for key, v in means.items()}
         result |= compare(values, config.train.seed)
-        lists = {name: seen_masked for name, (seen_masked, _, _) in rows.items()}
+        lists = {name: judged for name, (judged, _, _) in rows.items()}
         result |= _breakdown(session, lists, values, targets, histories)
     result |= {"users": tested, "checkpoint_step": step, "items": len(dataset.item_ids)}
     result |= {"beam": config.decode.beam, "normaliser": config.decode.normaliser}
+    result["mask_seen"] = mask
     result["protocol"] = protocol_card(session, step, tested)
     if groups.shared:
         result["items_sharing_a_code"] = groups.shared
     remarks = _certainty(result) if tested else []
     remarks += _unconstrained(session, decode, asked, result)
     if tested and config.evaluate.grounding_users:
-        remarks += _grounded(session, decoder, decode, asked, masked, tested, result)
+        remarks += _grounded(session, decoder, decode, asked, shown, tested, result)
     if tested and exact:
-        remarks += _exact(decode, asked, masked, tested, k, result)
+        remarks += _exact(decode, asked, shown, tested, k, mask, result)
     result["seconds_evaluating"] = round(time.monotonic() - begin, 1)
     if session.folder.metrics.exists():
         remarks.append(f"replaced the earlier results in {session.folder.metrics.name} and {session.folder.recommendations.name}")
     write_json(session.folder.metrics, result)
     top = min(RECOMMENDED, k)
-    lists = Ranking(masked.items[:, :top], masked.scores[:, :top])
+    lists = Ranking(shown.items[:, :top], shown.scores[:, :top])
     write_recommendations(session.folder.recommendations, dataset, session.codes.titles, users, lists, config.decode.normaliser)
     console.print(metrics_table(result))
     if groups.shared:
@@ -154,8 +160,7 @@ def _breakdown(
 ) -> dict[str, Any]:
     """`by_target`, `by_history` (model and counter), `exposure` (all rows), `codes` (the model)."""
     dataset, top = session.dataset, min(RECOMMENDED, lists["model"].shape[1])
-    train = np.concatenate([dataset.train_history(u) for u in range(len(dataset.user_ids))])
-    counts = np.bincount(train, minlength=len(dataset.item_ids))
+    counts = np.bincount(dataset.items[dataset.trains], minlength=len(dataset.item_ids))
     lengths = np.asarray([len(h) for h in histories])
     both = ("model", COUNTER)
     return {
@@ -199,27 +204,30 @@ def _unconstrained(session: Session, decode: Recommender, asked: Asked, result: 
 
 
 def _grounded(
-    session: Session, decoder: Decoder, decode: Recommender, asked: Asked, masked: Ranking, tested: int, result: dict[str, Any]
+    session: Session, decoder: Decoder, decode: Recommender, asked: Asked, shown: Ranking, tested: int, result: dict[str, Any]
 ) -> list[str]:
     """The items nearest to what the model writes freely (see `Grounder`), beside its own lists for the same users."""
     sample = draw(np.arange(tested), session.config.evaluate.grounding_users, session)
-    prompts, histories = [asked.prompts[i] for i in sample], [asked.histories[i] for i in sample]
+    prompts = [asked.prompts[i] for i in sample]
+    left_out = [asked.histories[i] for i in sample] if session.config.evaluate.mask_seen else None
     tokens, scores = decode.generate(prompts, min(BIGREC_BEAMS, session.config.decode.beam), progress("free text", len(sample)))
     grounder = Grounder(decoder, session.codes, session.mesh)
-    lists = grounder.rank(tokens, scores, masked.items.shape[1], histories)
-    found = list_metrics(lists.items, asked.targets[sample], decode.groups, histories, decode.tree.n_items)
-    own = list_metrics(masked.items[sample], asked.targets[sample], decode.groups, histories, decode.tree.n_items)
+    lists = grounder.rank(tokens, scores, shown.items.shape[1], left_out)
+    found = list_metrics(lists.items, asked.targets[sample], decode.groups, left_out, decode.tree.n_items)
+    own = list_metrics(shown.items[sample], asked.targets[sample], decode.groups, left_out, decode.tree.n_items)
     result["bigrec"] = found | {"users": len(sample)} | {f"model_{name}": value for name, value in own.items()}
     free, held = _shown(found), _shown(own)
     return [f"free text and its nearest items (BIGRec), {len(sample)} users: {free}; constrained, the same users: {held}"]
 
 
-def _exact(decode: Recommender, asked: Asked, masked: Ranking, tested: int, k: int, result: dict[str, Any]) -> list[str]:
+def _exact(
+    decode: Recommender, asked: Asked, shown: Ranking, tested: int, k: int, mask: bool, result: dict[str, Any]
+) -> list[str]:
     """How many of the exact top K the beam missed."""
     begin = time.monotonic()
-    histories = asked.histories[:tested]
+    histories = asked.histories[:tested] if mask else None
     exact = exact_ranking(decode, asked.prompts[:tested], histories, k, progress("exact", tested))
-    lost = missed(Ranking(masked.items[:tested], masked.scores[:tested]), exact.ranking)
+    lost = missed(Ranking(shown.items[:tested], shown.scores[:tested]), exact.ranking)
     metrics = list_metrics(exact.ranking.items, asked.targets[:tested], decode.groups, histories, decode.tree.n_items)
     result["exact"] = metrics | {
         "k": k,

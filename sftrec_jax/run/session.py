@@ -119,11 +119,19 @@ def prepare(folder: RunFolder, config: RunConfig) -> Session:
     dataset.save(folder.prepared)
     session = _open(folder, config, dataset, None)
     lengths = np.diff(dataset.offsets)
-    console.print(
-        f"data: {len(dataset.user_ids):,} users, {len(dataset.item_ids):,} items, {len(dataset.items):,} interactions "
-        f"({lengths.min()} to {lengths.max()} a user, median {int(np.median(lengths))}), split {config.data.split}; "
-        f"{dataset.report.get('tied_timestamp_share') or 0:.1%} of interactions tied in time, ordered by a hash of tie_seed"
-    )
+    spread = f"({lengths.min()} to {lengths.max()} each, median {int(np.median(lengths))})"
+    if dataset.given:
+        order = f"{len(lengths):,} examples, {len(dataset.item_ids):,} items {spread}, split as given"
+    else:
+        order = (
+            f"{len(dataset.user_ids):,} users, {len(dataset.item_ids):,} items, {len(dataset.items):,} interactions {spread}, "
+            f"split {config.data.split}; "
+        )
+        tied = (
+            f"{dataset.report.get('tied_timestamp_share') or 0:.1%} of interactions tied in time, ordered by a hash of tie_seed"
+        )
+        order += tied if dataset.timed else "in the order of the source"
+    console.print(f"data: {order}")
     for key, value in dataset.report.items():
         console.print(f"  {key}: {value}")
     codes = session.codes

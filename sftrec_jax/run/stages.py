@@ -37,7 +37,8 @@ def train_stage(session: Session, resume: bool) -> TrainResult:
     """Trains and leaves `checkpoints/` and `metrics.jsonl`."""
     config = session.config
     dataset, builder = session.dataset, session.prompts
-    examples = [e for user in range(len(dataset.user_ids)) for e in builder.examples(dataset.train_history(user))]
+    begins = dataset.train_begin.tolist()
+    examples = [e for user, begin in enumerate(begins) for e in builder.examples(dataset.train_history(user), begin)]
     plan = BatchPlan(examples, config.train)
     decoder = session.base_decoder()
     if session.codes.new_tokens:
@@ -95,8 +96,9 @@ class _Validator:
             return {name: 0.0 for name in ("recall@10", "ndcg@10")}
         self.recommender.update(decoder)
         k = min(self.session.config.decode.top_k, len(self.session.dataset.item_ids))
-        ranking = self.recommender.rank(self.asked.prompts, self.asked.histories, k)
-        metrics = list_metrics(ranking.items, self.asked.targets, self.recommender.groups, self.asked.histories)
+        left_out = self.asked.histories if self.session.config.evaluate.mask_seen else None
+        ranking = self.recommender.rank(self.asked.prompts, left_out, k)
+        metrics = list_metrics(ranking.items, self.asked.targets, self.recommender.groups, left_out)
         return {**metrics, "users": float(len(self.users))}
 
 

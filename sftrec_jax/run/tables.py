@@ -16,18 +16,29 @@ from sftrec_jax.evaluate.comparison import BASELINES
 SHOWN = ("recall@5", "ndcg@5", "recall@10", "ndcg@10", "recall@20", "ndcg@20", "mrr")
 
 
+def short(name: str) -> str:
+    """R@5 for recall@5, and so on."""
+    return name.replace("recall", "R").replace("ndcg", "N").upper()
+
+
+def row_name(row: str) -> str:
+    """What stands for a row of the result in a table."""
+    return row.replace("popularity", "pop.").replace("_", " ")
+
+
 def metrics_table(result: dict[str, Any]) -> Table:
-    """Model and baselines, seen items masked."""
+    """Model and baselines."""
     by = result.get("normaliser", "full")
     how = "" if by == "full" else f", scores normalised over {by}"
-    table = Table(title=f"test: {result['users']} users, all {result['items']:,} items, seen items masked{how}")
+    seen = "seen items masked" if result.get("mask_seen", True) else "seen items allowed"
+    table = Table(title=f"test: {result['users']} users, all {result['items']:,} items, {seen}{how}")
     table.add_column("")
     for name in SHOWN:
-        table.add_column(name.replace("recall", "R").replace("ndcg", "N").upper(), justify="right")
+        table.add_column(short(name), justify="right")
     for row in ("model", *BASELINES):
         mark = " (below)" if row == "model" and result.get("below_counter") else ""
         table.add_row(
-            row.replace("popularity", "pop.").replace("_", " ") + mark,
+            row_name(row) + mark,
             *(f"{result[row][name]:.4f}" if name in result[row] else "-" for name in SHOWN),
         )
     return table

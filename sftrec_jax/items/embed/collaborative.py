@@ -11,15 +11,16 @@ NOISE = 1e-6
 
 
 def cooccurrence(dataset: Dataset, window: int) -> sp.csr_matrix:
-    """Symmetric float64 [n_items, n_items]: pairs d <= `window` steps apart in a training history count 1 / d."""
+    """Symmetric float64 [n_items, n_items]: pairs d <= `window` steps apart in a training history count 1 / d.
+
+    Where the data came as examples, a pair counts where its later item is the target, so each counts once.
+    """
     n = len(dataset.item_ids)
     total = sp.csr_matrix((n, n))
-    positions = np.arange(len(dataset.items)) - np.repeat(dataset.offsets[:-1], np.diff(dataset.offsets))
-    train = positions < np.repeat(dataset.train_end, np.diff(dataset.offsets))
-    user = np.repeat(np.arange(len(dataset.user_ids)), np.diff(dataset.offsets))
-    items, owner = dataset.items[train], user[train]
+    owner = np.repeat(np.arange(len(dataset.user_ids)), np.diff(dataset.offsets))
+    items, trains = dataset.items, dataset.trains
     for step in range(1, window + 1):
-        pairs = owner[:-step] == owner[step:]
+        pairs = (owner[:-step] == owner[step:]) & trains[step:]
         first, second = items[:-step][pairs], items[step:][pairs]
         total = total + sp.csr_matrix((np.full(len(first), 1.0 / step), (first, second)), (n, n))
     return sp.csr_matrix(total + total.T)
