@@ -23,9 +23,11 @@ EXAMPLES = {
     "run": "sftrec run configs/quick.yaml --out runs/quick",
     "prepare": "sftrec prepare configs/quick.yaml --out runs/quick",
     "train": "sftrec train runs/quick --resume",
-    "evaluate": "sftrec evaluate runs/quick",
+    "evaluate": "sftrec evaluate runs/quick; other lists: sftrec evaluate runs/quick --lists theirs.csv --to theirs.json",
     "baselines": "sftrec baselines configs/movielens.yaml --tie-seeds 5",
     "export": "sftrec export runs/quick --to exported --format merged",
+    "reproduce": "sftrec reproduce quick; to publish: sftrec reproduce quick --publish --seeds 0 1 2",
+    "verify-results": "sftrec verify-results docs/results/quick.json --readme README.md",
     "add-items": "sftrec add-items runs/beauty --catalogue new.jsonl",
     "recommend": 'sftrec recommend runs/quick --history "Toy Story (1995); Heat (1995)"',
 }
@@ -64,7 +66,7 @@ def _parser() -> argparse.ArgumentParser:
                 sub.add_argument("--out", type=Path, metavar="DIR", help="folder of the run (default: runs/NAME_OF_CONFIG)")
                 sub.add_argument("--overwrite", action="store_true", help="remove an earlier run in DIR first")
             sub.add_argument("--help-config", action="store_true", help="list every field of the config with its default")
-        else:
+        elif folder:
             sub.add_argument("run", metavar="RUN", type=Path, help="folder of a run")
         return sub
 
@@ -77,6 +79,14 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument(
         "--exact", action="store_true", help="also find the exact top K of the whole catalogue, and count what the beam missed"
     )
+    evaluate.add_argument(
+        "--lists",
+        type=Path,
+        metavar="FILE",
+        help="score these lists instead of the model's: .parquet, .jsonl or .csv with columns user, rank (from 1), item_id",
+    )
+    evaluate.add_argument("--to", type=Path, metavar="OUT", help="with --lists: write the metrics as .json, too")
+    evaluate.add_argument("--overwrite", action="store_true", help="with --lists: replace the OUT of --to")
     recommend = verb("recommend", "Recommend items for users or histories.")
     recommend.add_argument("--user", action="append", default=[], metavar="ID", help="a user of the run (may be repeated)")
     recommend.add_argument(
@@ -130,6 +140,18 @@ def _parser() -> argparse.ArgumentParser:
     )
     export.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="type of merged weights")
     export.add_argument("--overwrite", action="store_true", help="replace an earlier export in PATH")
+    again = verb("reproduce", "Run a published result again, or publish one.", folder=False)
+    again.add_argument("name", metavar="NAME", help="of docs/results/NAME.json; with --publish of configs/NAME.yaml")
+    again.add_argument("--seeds", type=int, nargs="+", metavar="S", help="default: the published ones; with --publish 0")
+    again.add_argument("--out", type=Path, metavar="DIR", help="runs go to DIR/NAME/seed-S (default: runs/reproduce)")
+    again.add_argument("--publish", action="store_true", help="write docs/results/NAME.json and NAME.top10.parquet")
+    again.add_argument("--from-runs", type=Path, nargs="+", metavar="RUN", help="publish these finished runs, each one seed")
+    again.add_argument("--title", metavar="TEXT", help="with --publish: what the result is, for tables")
+    again.add_argument("--overwrite", action="store_true", help="with --publish: replace a result of that name")
+    check = verb("verify-results", "Compute published metrics again from the lists beside them.", folder=False)
+    check.add_argument("files", metavar="FILE", nargs="*", help="docs/results/NAME.json, or NAME")
+    check.add_argument("--readme", type=Path, metavar="FILE", help="compare the tables between <!-- results NAME --> marks, too")
+    check.add_argument("--write", action="store_true", help="with --readme: write the tables anew")
     return parser
 
 
@@ -192,10 +214,34 @@ def _train(args: argparse.Namespace, extra: Sequence[str], argv: Sequence[str]) 
 
 
 def _evaluate(args: argparse.Namespace, extra: Sequence[str], argv: Sequence[str]) -> None:
+    if args.lists:
+        _evaluate_lists(args, extra)
+        return
+    for option in ("to", "overwrite"):
+        if getattr(args, option):
+            raise UserError(f"--{option} needs --lists; see sftrec evaluate --help")
     from sftrec_jax.run.evaluation import evaluate_stage
 
     session = _session(args.run, extra)
     evaluate_stage(session, *session.trained_decoder(), exact=args.exact)
+
+
+def _evaluate_lists(args: argparse.Namespace, extra: Sequence[str]) -> None:
+    if args.exact:
+        raise UserError("--exact says nothing beside --lists, which has no model; see sftrec evaluate --help")
+    if args.overwrite and not args.to:
+        raise UserError("--overwrite needs --to; see sftrec evaluate --help")
+    for word in extra:
+        if word.startswith(("--decode.", "--evaluate.unconstrained", "--evaluate.grounding")):
+            raise UserError(f"{word.split('=')[0]} says nothing beside --lists, which has no model; leave it out")
+    from sftrec_jax.config_file import load_config
+    from sftrec_jax.overrides import overridden
+    from sftrec_jax.run.folder import open_folder
+    from sftrec_jax.run.outside import lists_stage
+
+    folder = open_folder(args.run)
+    config = load_config(folder.config)
+    lists_stage(folder, overridden(config, extra) if extra else config, args.lists, args.to, args.overwrite)
 
 
 def _baselines(args: argparse.Namespace, extra: Sequence[str], argv: Sequence[str]) -> None:
@@ -326,6 +372,23 @@ def _preferences(args: argparse.Namespace, extra: Sequence[str]) -> None:
     write_preferences(_session(args.run, extra), args.preferences, *settings)
 
 
+def _reproduce(args: argparse.Namespace, extra: Sequence[str], argv: Sequence[str]) -> int | None:
+    from sftrec_jax.results.reproduce import OUT, publish_stage, reproduce_stage
+
+    if args.publish:
+        return publish_stage(args.name, args.seeds, args.out or OUT, args.from_runs or [], args.title, args.overwrite)
+    for option in ("from_runs", "title", "overwrite"):
+        if getattr(args, option):
+            raise UserError(f"--{option.replace('_', '-')} needs --publish; see sftrec reproduce --help")
+    return reproduce_stage(args.name, args.seeds, args.out or OUT)
+
+
+def _verify_results(args: argparse.Namespace, extra: Sequence[str], argv: Sequence[str]) -> int:
+    from sftrec_jax.results.verify import verify_stage
+
+    return verify_stage(args.files, args.readme, args.write)
+
+
 def _as_items(items: list[int]) -> Any:
     import numpy as np
 
@@ -341,11 +404,17 @@ VERBS = {
     "add-items": _add_items,
     "baselines": _baselines,
     "export": _export,
+    "reproduce": _reproduce,
+    "verify-results": _verify_results,
 }
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point. Exit codes: 0 done, 2 wrong input (one line on standard error), 3 leaks found, 130 interrupted."""
+    """Entry point.
+
+    Exit codes: 0 done, 1 a result is not as published, 2 wrong input (one line on standard error), 3 leaks found,
+    130 interrupted.
+    """
     argv = list(sys.argv[1:] if argv is None else argv)
     # Orbax and the tokenizers library speak up about threads and forks that do not concern a user.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -353,14 +422,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         args, extra = _parser().parse_known_args(argv)
         _check_extra(args.verb, extra)
-        VERBS[args.verb](args, extra, argv)
+        return VERBS[args.verb](args, extra, argv) or 0
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 3 if isinstance(error, LeakError) else 2
     except KeyboardInterrupt:
-        print("interrupted; `--resume` goes on from the newest checkpoint", file=sys.stderr)
+        how = "the same command" if argv[:1] == ["reproduce"] else "`--resume`"
+        print(f"interrupted; {how} goes on from the newest checkpoint", file=sys.stderr)
         return 130
-    return 0
 
 
 if __name__ == "__main__":

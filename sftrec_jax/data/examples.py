@@ -75,8 +75,8 @@ def read_examples(config: DataConfig) -> Examples:
         where += [table.where] * len(rows)
         counts[part] = len(rows)
     lengths = np.asarray([len(h) for h in histories], np.int64)
-    kind = np.repeat(PARTS, [counts[part] for part in PARTS])
-    at = {part: np.where(kind == part, lengths - 1, -1) for part in PARTS}
+    kind = np.asarray([name[: name.index(":")] for name in names])
+    at = {part: np.where(kind == part, lengths - 1, np.int64(-1)) for part in PARTS}
     return Examples(
         names=names,
         items=pl.Series("item", [item for history in histories for item in history], dtype=pl.String),

@@ -22,6 +22,13 @@ class Difference(NamedTuple):
     for each user."""
 
 
+def draw(users: np.ndarray, count: int | None, seed: int) -> np.ndarray:
+    """`count` of them, in their order; all of them for None."""
+    if count is None or count >= len(users):
+        return users
+    return np.sort(np.random.default_rng(seed).permutation(users)[:count])
+
+
 def intervals(values: Mapping[str, np.ndarray], seed: int = 0, draws: int = DRAWS) -> dict[str, tuple[float, float]]:
     """Percentile bootstrap (Efron 1979) of the mean over users, 95 %.
 

@@ -13,13 +13,14 @@ from sftrec_jax.data.dataset import Dataset
 from sftrec_jax.data.prepare import prepare_dataset
 from sftrec_jax.errors import UserError
 from sftrec_jax.evaluate.by_code import CodeScoring
+from sftrec_jax.evaluate.checks import check_evaluable
 from sftrec_jax.evaluate.comparison import BASELINES, fit_baselines
 from sftrec_jax.evaluate.metrics import DEFAULT_KS, user_metrics
 from sftrec_jax.evaluate.uncertainty import intervals
 from sftrec_jax.items.index_file import read_index
 from sftrec_jax.items.titles import distinct_titles
 from sftrec_jax.run.card import data_card
-from sftrec_jax.run.folder import write_json
+from sftrec_jax.run.folder import check_free, write_json
 from sftrec_jax.run.naming import numbered
 from sftrec_jax.run.tables import SHOWN, row_name, short
 
@@ -46,10 +47,9 @@ def baselines_stage(config: RunConfig, tie_seeds: int, to: Path | None, overwrit
     if tie_seeds < 1:
         raise UserError(f"--tie-seeds {tie_seeds}: use 1 or more")
     if to is not None:
-        _check_free(to, overwrite)
+        check_free(to, overwrite)
     dataset = prepare_dataset(config.data)
-    if not (dataset.test_position >= 0).any():
-        raise UserError(f"{config.data.source}: no user has a test target; change data.split, data.user_core or data.test_source")
+    check_evaluable(Path(config.data.source), config, dataset)
     tied = dataset.report.get("tied_timestamp_share") or 0
     if tie_seeds > 1 and not tied:
         console.print("no times are tied in this data, so every tie seed gives the same order: one is enough")
@@ -104,15 +104,6 @@ def _title(config: RunConfig, result: dict[str, Any]) -> str:
     return f"baselines on test: {result['users']:,} users, all {result['items']:,} items, {seen}{seeds}"
 
 
-def _check_free(to: Path, overwrite: bool) -> None:
-    if to.suffix != ".json":
-        raise UserError(f"--to {to}: unknown ending {to.suffix!r}; use .json")
-    if not to.parent.is_dir():
-        raise UserError(f"--to {to}: there is no folder {to.parent}; make it or choose another place")
-    if to.exists() and not overwrite:
-        raise UserError(f"--to {to}: exists already; name another file or add --overwrite")
-
-
 def _scoring(config: RunConfig, dataset: Dataset) -> CodeScoring | None:
     if config.items.codes_file is None:
         return None
@@ -129,7 +120,7 @@ def _scored(config: RunConfig, dataset: Dataset, scoring: CodeScoring | None) ->
     users, n, mask = np.flatnonzero(dataset.test_position >= 0), len(dataset.item_ids), config.evaluate.mask_seen
     histories = [dataset.history(int(u))[: dataset.test_position[u]] for u in users]
     targets = _targets(dataset, users)
-    k = min(config.decode.top_k, n)
+    k = config.decode.top_k
     ks = tuple(c for c in DEFAULT_KS if c <= k)
     out: dict[str, Values] = {"": {}} if scoring is None else {"": {}, "by_code_string": {}, "by_code_item": {}}
     for name, baseline in fit_baselines(dataset, config.evaluate.counter_decay).items():

@@ -12,8 +12,10 @@ from sftrec_jax.decode.grounding import Grounder
 from sftrec_jax.decode.groups import CodeGroups
 from sftrec_jax.decode.recommender import Ranking, Recommender
 from sftrec_jax.evaluate.breakdown import code_metrics, exposure, recall_by_history, recall_by_target
+from sftrec_jax.evaluate.checks import check_evaluable
 from sftrec_jax.evaluate.comparison import COUNTER, compare, fit_baselines
 from sftrec_jax.evaluate.metrics import DEFAULT_KS, user_metrics
+from sftrec_jax.evaluate.uncertainty import draw
 from sftrec_jax.model.decoder import Decoder
 from sftrec_jax.run.card import protocol_card
 from sftrec_jax.run.folder import write_json
@@ -35,13 +37,6 @@ class Asked:
         self.histories = [h[:end] for h, end in zip(histories, ends, strict=True)]
         self.targets = np.asarray([h[end] if end < len(h) else -1 for h, end in zip(histories, ends, strict=True)], np.int32)
         self.prompts = [session.prompts.prompt(h) for h in self.histories]
-
-
-def draw(users: np.ndarray, count: int | None, session: Session) -> np.ndarray:
-    """`count` of them, drawn by the run's seed, in their order; all of them for None."""
-    if count is None or count >= len(users):
-        return users
-    return np.sort(np.random.default_rng(session.config.train.seed).permutation(users)[:count])
 
 
 def list_values(
@@ -95,8 +90,9 @@ def evaluate_stage(session: Session, decoder: Decoder, step: int, exact: bool = 
     """
     begin = time.monotonic()
     dataset, config = session.dataset, session.config
-    k = min(config.decode.top_k, len(dataset.item_ids))
-    with_target = draw(np.flatnonzero(dataset.test_position >= 0), config.evaluate.users, session)
+    check_evaluable(session.folder.path, config, dataset)
+    k = config.decode.top_k
+    with_target = draw(np.flatnonzero(dataset.test_position >= 0), config.evaluate.users, session.config.train.seed)
     # Rows of train and validation are nobody who waits for a recommendation.
     everyone = config.evaluate.users is None and not dataset.given
     others = np.flatnonzero(dataset.test_position < 0) if everyone else with_target[:0]
@@ -193,7 +189,7 @@ def _parts(parts: dict[str, Any], name: str) -> str:
 
 def _unconstrained(session: Session, decode: Recommender, asked: Asked, result: dict[str, Any]) -> list[str]:
     """How much of what the model writes with no catalogue to hold it is no item."""
-    sample = draw(np.arange(len(asked.prompts)), session.config.evaluate.unconstrained_users, session)
+    sample = draw(np.arange(len(asked.prompts)), session.config.evaluate.unconstrained_users, session.config.train.seed)
     result |= {"invalid_rate_unconstrained": None, "invalid_rate_unconstrained_users": len(sample)}
     if not len(sample):
         return []
@@ -207,7 +203,7 @@ def _grounded(
     session: Session, decoder: Decoder, decode: Recommender, asked: Asked, shown: Ranking, tested: int, result: dict[str, Any]
 ) -> list[str]:
     """The items nearest to what the model writes freely (see `Grounder`), beside its own lists for the same users."""
-    sample = draw(np.arange(tested), session.config.evaluate.grounding_users, session)
+    sample = draw(np.arange(tested), session.config.evaluate.grounding_users, session.config.train.seed)
     prompts = [asked.prompts[i] for i in sample]
     left_out = [asked.histories[i] for i in sample] if session.config.evaluate.mask_seen else None
     tokens, scores = decode.generate(prompts, min(BIGREC_BEAMS, session.config.decode.beam), progress("free text", len(sample)))

@@ -88,6 +88,16 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
+def check_free(to: Path, overwrite: bool) -> None:
+    """UserError for an option `--to` that is no `.json`, lies in no folder, or names a file that must stay."""
+    if to.suffix != ".json":
+        raise UserError(f"--to {to}: unknown ending {to.suffix!r}; use .json")
+    if not to.parent.is_dir():
+        raise UserError(f"--to {to}: there is no folder {to.parent}; make it or choose another place")
+    if to.exists() and not overwrite:
+        raise UserError(f"--to {to}: exists already; name another file or add --overwrite")
+
+
 def differing_fields(a: RunConfig, b: RunConfig) -> list[str]:
     """Names such as `train.epochs` in which two configurations differ."""
     first, second = to_dict(a), to_dict(b)

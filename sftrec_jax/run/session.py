@@ -17,6 +17,7 @@ from sftrec_jax.data.prepare import prepare_dataset
 from sftrec_jax.data.prompts import PromptBuilder, prompt_builder
 from sftrec_jax.decode.recommender import Recommender
 from sftrec_jax.errors import UserError
+from sftrec_jax.evaluate.checks import check_evaluable
 from sftrec_jax.items.codes import ItemCodes
 from sftrec_jax.model.decoder import Decoder
 from sftrec_jax.model.hub import BaseSource, load_tokenizer, resolve_base
@@ -116,6 +117,7 @@ def _open(folder: RunFolder, config: RunConfig, dataset: Dataset, codes: ItemCod
 def prepare(folder: RunFolder, config: RunConfig) -> Session:
     """Reads the log and the catalogue, splits, names the items; writes `prepared/`."""
     dataset = prepare_dataset(config.data)
+    check_evaluable(folder.path, config, dataset)
     dataset.save(folder.prepared)
     session = _open(folder, config, dataset, None)
     lengths = np.diff(dataset.offsets)

@@ -12,6 +12,7 @@ from jax.sharding import NamedSharding
 from sftrec_jax.config import TrainConfig
 from sftrec_jax.console import console
 from sftrec_jax.errors import UserError
+from sftrec_jax.evaluate.uncertainty import draw
 from sftrec_jax.items.index_file import write_index
 from sftrec_jax.items.paths import codes_paths
 from sftrec_jax.model.cards import CardInfo
@@ -19,7 +20,7 @@ from sftrec_jax.model.decoder import Decoder
 from sftrec_jax.model.export import export_adapter, export_merged
 from sftrec_jax.model.load import compute_dtype
 from sftrec_jax.model.sharding import BATCH, with_arrays
-from sftrec_jax.run.evaluation import Asked, draw, list_metrics
+from sftrec_jax.run.evaluation import Asked, list_metrics
 from sftrec_jax.run.session import Session, describe_devices, recommender
 from sftrec_jax.train.batches import BatchPlan
 from sftrec_jax.train.calibrate import calibrate
@@ -87,7 +88,9 @@ class _Validator:
 
     def __init__(self, session: Session, decoder: Decoder):
         self.session = session
-        self.users = draw(np.flatnonzero(session.dataset.valid_position >= 0), session.config.train.validate_users, session)
+        self.users = draw(
+            np.flatnonzero(session.dataset.valid_position >= 0), session.config.train.validate_users, session.config.train.seed
+        )
         self.asked = Asked(session, self.users, session.dataset.valid_position)
         self.recommender = recommender(session, decoder)
 
