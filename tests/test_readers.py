@@ -83,7 +83,7 @@ def test_sequence_file_keeps_its_order(tmp_path: Path) -> None:
     dataset = prepared(write(tmp_path / "s.txt.gz", "10 5 4 5\n\n9\t3 5 4\n"), rating_column=None)
     assert histories(dataset) == {"10": ["5", "4", "5"], "9": ["3", "5", "4"]}
     assert dataset.timestamps.tolist() == [0, 1, 2, 0, 1, 2]
-    assert dataset.report["tied_timestamp_share"] == 0
+    assert dataset.report["tied_timestamp_share"] is None
 
 
 def test_without_time_the_file_order_counts(tmp_path: Path) -> None:

@@ -78,7 +78,7 @@ def _prepare(config: DataConfig, shown_source: str) -> Dataset:
     codes = pl.DataFrame({"user": user_ids, "code": np.arange(user_ids.len(), dtype=np.int32)})
     log = log.join(codes, on="user", how="left", maintain_order="left").with_columns(user=pl.col("code")).drop("code")
     log = _ordered(log, timed, config.tie_seed, user_ids, catalogue)
-    report["tied_timestamp_share"] = tied_share(log) if timed else 0.0
+    report["tied_timestamp_share"] = tied_share(log) if timed else None
     report["tied_in_file_order_share"], report["tied_pairs"] = tied_in_file_order(log) if timed else (None, 0)
 
     items = log["item"].to_numpy()

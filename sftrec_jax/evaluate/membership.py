@@ -19,7 +19,7 @@ from sftrec_jax.data.dataset import Dataset
 from sftrec_jax.items.embed.collaborative import cooccurrence
 from sftrec_jax.items.quantise.collisions import group_index
 
-PAIRS, LEAST_PAIRS, SCORES = 8_000, 2_000, 100_000_000
+PAIRS, LEAST_PAIRS, SCORES = 6_000, 2_000, 100_000_000
 """Pairs that are asked for: fewer of a large catalogue, where each is compared with every item (`SCORES` comparisons)."""
 WINDOW = 5
 """Items up to this many steps apart in training count as put together."""
@@ -48,7 +48,7 @@ class Membership:
 
     @property
     def ratio(self) -> float:
-        """Hits over those of the benchmark."""
+        """Hits over the benchmark's."""
         return self.hits / max(1, self.benchmark)
 
 
@@ -147,18 +147,18 @@ def _judged(hits: int, sizes: np.ndarray, pairs: Pairs, dataset: Dataset, texts:
 
 
 def _words(texts: Sequence[str]) -> sp.csr_matrix:
-    """TF-IDF float32 [n_items, words], rows of length 1; zeros for a text without a word."""
+    """TF-IDF float64 [n_items, words], rows of length 1; zeros for a text without a word."""
     from sklearn.feature_extraction.text import TfidfVectorizer  # takes a second, and most runs read no such file
 
-    vectorizer = TfidfVectorizer(sublinear_tf=True, token_pattern=_WORD, dtype=np.float32)
+    vectorizer = TfidfVectorizer(sublinear_tf=True, token_pattern=_WORD)
     analyse = vectorizer.build_analyzer()
     if not any(analyse(text) for text in texts):
-        return sp.csr_matrix(np.zeros((len(texts), 1), np.float32))
+        return sp.csr_matrix(np.zeros((len(texts), 1)))
     return sp.csr_matrix(vectorizer.fit_transform(texts))
 
 
 def _taken(dataset: Dataset) -> sp.csr_matrix:
-    """Positive pointwise mutual information of training float32 [n_items, n_items], rows of length 1 or zeros.
+    """Positive pointwise mutual information of training float64 [n_items, n_items], rows of length 1 or zeros.
 
     Whole rows, not their SVD: items that never met are compared by whom they both met.
     """
@@ -168,7 +168,7 @@ def _taken(dataset: Dataset) -> sp.csr_matrix:
     positive = information > 0
     matrix = sp.csr_matrix((information[positive], (counts.row[positive], counts.col[positive])), counts.shape)
     lengths = np.sqrt(np.asarray(matrix.multiply(matrix).sum(axis=1)).ravel())
-    return sp.csr_matrix(sp.diags_array(1 / np.where(lengths > 0, lengths, 1.0)) @ matrix, dtype=np.float32)
+    return sp.csr_matrix(sp.diags_array(1 / np.where(lengths > 0, lengths, 1.0)) @ matrix)
 
 
 def _places(scores: np.ndarray, before: np.ndarray, target: np.ndarray) -> np.ndarray:

@@ -128,7 +128,7 @@ def _about(results: Sequence[Published]) -> str:
     users = f"{card['users_evaluated']:,} test users"
     parts = [
         f"{data['source']}: {users}, {data['items']:,} items, split {card['split']['kind']}, {masked}",
-        f"{tied:.1%} of times tied, ordered by a hash of the tie seed" if tied else f"ordered by {order['by']}, no ties",
+        f"{tied:.1%} of times tied, ordered by a hash of the tie seed" if tied else _untied(order["by"]),
     ]
     ran = [(", ".join(_ran(one)), one.name) for one in results]
     distinct = list(dict.fromkeys(told for told, _ in ran))
@@ -137,6 +137,10 @@ def _about(results: Sequence[Published]) -> str:
         parts.append(names + told)
     several = "Means over seeds; in" if any(len(one.seeds) > 1 for one in results) else "In"
     return "; ".join(parts) + f". {several} brackets the 95 % interval of {short(INTERVAL)} over users."
+
+
+def _untied(by: str) -> str:
+    return "no times tied" if by == "time" else f"in {by} (no times)"
 
 
 def _ran(result: Published) -> list[str]:

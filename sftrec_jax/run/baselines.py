@@ -50,9 +50,9 @@ def baselines_stage(config: RunConfig, tie_seeds: int, to: Path | None, overwrit
         check_free(to, overwrite)
     dataset = prepare_dataset(config.data)
     check_evaluable(Path(config.data.source), config, dataset)
-    tied = dataset.report.get("tied_timestamp_share") or 0
+    tied = dataset.report.get("tied_timestamp_share")
     if tie_seeds > 1 and not tied:
-        console.print("no times are tied in this data, so every tie seed gives the same order: one is enough")
+        console.print("no times are tied in this data (or it has none), so every tie seed gives the same order: one is enough")
         tie_seeds = 1
     seeds = list(range(config.data.tie_seed, config.data.tie_seed + tie_seeds))
     scored = [_scored(config, dataset, _scoring(config, dataset))]

@@ -19,6 +19,7 @@ from sftrec_jax.evaluate.uncertainty import draw
 from sftrec_jax.model.decoder import Decoder
 from sftrec_jax.run.card import protocol_card
 from sftrec_jax.run.folder import write_json
+from sftrec_jax.run.lint import check_leaks
 from sftrec_jax.run.session import Session, recommender
 from sftrec_jax.run.tables import metrics_table, write_recommendations
 
@@ -91,6 +92,7 @@ def evaluate_stage(session: Session, decoder: Decoder, step: int, exact: bool = 
     begin = time.monotonic()
     dataset, config = session.dataset, session.config
     check_evaluable(session.folder.path, config, dataset)
+    leaks = check_leaks(session)
     k = config.decode.top_k
     with_target = draw(np.flatnonzero(dataset.test_position >= 0), config.evaluate.users, session.config.train.seed)
     # Rows of train and validation are nobody who waits for a recommendation.
@@ -123,7 +125,7 @@ def evaluate_stage(session: Session, decoder: Decoder, step: int, exact: bool = 
     result |= {"users": tested, "checkpoint_step": step, "items": len(dataset.item_ids)}
     result |= {"beam": config.decode.beam, "normaliser": config.decode.normaliser}
     result["mask_seen"] = mask
-    result["protocol"] = protocol_card(session, step, tested)
+    result["protocol"] = protocol_card(session, step, tested) | {"leaks": leaks}
     if groups.shared:
         result["items_sharing_a_code"] = groups.shared
     remarks = _certainty(result) if tested else []

@@ -115,11 +115,14 @@ def _open(folder: RunFolder, config: RunConfig, dataset: Dataset, codes: ItemCod
 
 
 def prepare(folder: RunFolder, config: RunConfig) -> Session:
-    """Reads the log and the catalogue, splits, names the items; writes `prepared/`."""
+    """Reads the log and the catalogue, splits, names the items; writes `prepared/`. LeakError for what `check_leaks` finds."""
+    from sftrec_jax.run.lint import check_leaks, record_fit  # which imports this file
+
     dataset = prepare_dataset(config.data)
     check_evaluable(folder.path, config, dataset)
     dataset.save(folder.prepared)
     session = _open(folder, config, dataset, None)
+    record_fit(dataset, folder.prepared)
     lengths = np.diff(dataset.offsets)
     spread = f"({lengths.min()} to {lengths.max()} each, median {int(np.median(lengths))})"
     if dataset.given:
@@ -141,6 +144,7 @@ def prepare(folder: RunFolder, config: RunConfig) -> Session:
         f"items: {config.items.tokenizer}, {codes.codes.shape[1]} tokens at most, {len(codes.new_tokens):,} new tokens; "
         f"base {session.source.label}"
     )
+    check_leaks(session)
     return session
 
 
