@@ -101,7 +101,10 @@ CATALOGUES = {
 }
 
 
-@pytest.mark.parametrize("name", CATALOGUES)
+SLOW = pytest.param("long", marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize("name", [*(name for name in CATALOGUES if name != "long"), SLOW])
 def test_wide_beam_equals_scoring_every_item(tmp_path: Path, name: str) -> None:
     """Also: mixed prompt lengths in a batch, seen items, more beams than items or first tokens, all layouts bit for bit."""
     rows, new, tied = CATALOGUES[name]

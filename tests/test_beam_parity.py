@@ -169,7 +169,7 @@ def cases() -> list[Any]:
     """(tied, lora, rows, widths). Each width is compiled anew, so the whole grid is left to `-m slow`."""
     few = {
         "base": (False, False, False, WIDTHS), "adapter": (True, True, False, (10,)), "rows": (False, False, True, (50,)),
-        "both": (True, True, True, (10,)), "both, untied": (False, True, True, WIDTHS),
+        "both": (True, True, True, (10,)), "both, untied": (False, True, True, (50,)),
     }  # fmt: skip
     every = [(*parts, WIDTHS) for parts in itertools.product((True, False), repeat=3)]
     return [*(pytest.param(*few[n], id=n) for n in few), *(pytest.param(*case, marks=pytest.mark.slow) for case in every)]

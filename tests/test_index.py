@@ -76,7 +76,7 @@ def in_numpy(index: CatalogueIndex, patch: pytest.MonkeyPatch) -> CatalogueIndex
     return jax.tree.map(np.asarray, index)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(codes=catalogues())
 def test_layouts_spell_the_catalogue(codes: list[Code]) -> None:
     array = code_array(codes)

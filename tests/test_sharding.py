@@ -47,6 +47,7 @@ def part(arrays: dict[str, np.ndarray], prefix: str) -> dict[str, np.ndarray]:
 MANY = [name for name in MESHES if name != "one"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mesh", MANY)
 def test_loss_gradients_and_parameters_equal_one_device(results: Results, mesh: str) -> None:
     one, many = results["one"][0], results[mesh][0]
@@ -59,12 +60,14 @@ def test_loss_gradients_and_parameters_equal_one_device(results: Results, mesh: 
     assert all(np.abs(value - before[name]).max() > 1e-3 for name, value in part(one, "after/").items())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mesh", MANY)
 def test_a_seed_gives_the_same_start_on_every_mesh(results: Results, mesh: str) -> None:
     for name, value in part(results["one"][0], "initial/").items():
         np.testing.assert_array_equal(results[mesh][0][f"initial/{name}"], value)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mesh", MANY)
 def test_everything_lies_where_the_table_says(results: Results, mesh: str) -> None:
     facts = results[mesh][1]
@@ -84,6 +87,7 @@ def test_everything_lies_where_the_table_says(results: Results, mesh: str) -> No
     assert facts["shards"] == 8
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mesh", MANY)
 def test_ranking_equals_one_device(results: Results, mesh: str) -> None:
     one, many = results["one"][0], results[mesh][0]
@@ -91,6 +95,7 @@ def test_ranking_equals_one_device(results: Results, mesh: str) -> None:
     np.testing.assert_allclose(many["scores"], one["scores"], rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mesh", MANY)
 def test_ranking_with_lists_of_items_equals_one_device(results: Results, mesh: str) -> None:
     """Users are divided, with their lists; every device has the whole index."""
@@ -103,6 +108,7 @@ def test_ranking_with_lists_of_items_equals_one_device(results: Results, mesh: s
     assert facts["users_a_device"] == 8 // {"data": 8, "fsdp": 8, "all": 4}[mesh]
 
 
+@pytest.mark.slow
 def test_sizes_that_do_not_divide(results: Results) -> None:
     facts = results["data"][1]
     assert facts["uneven"] == "train.batch_rows is 6, which data x fsdp = 8 devices cannot divide; use 8"
