@@ -67,7 +67,7 @@ def data_card(config: RunConfig, dataset: Dataset, users: int) -> dict[str, Any]
         },
         "split": {"kind": kind, "sha256": split} | (fractions if kind == "temporal" else {}),
         "order": (order if dataset.timed else {"by": "the source's order"})
-        | {"tied_timestamp_share": dataset.report.get("tied_timestamp_share")},
+        | {"tied_timestamp_share": dataset.report.get("tied_timestamp_share") if dataset.timed else None},
         "candidates": "all items of the catalogue" + (" but those of the history" if config.evaluate.mask_seen else ""),
         "users_evaluated": users,
         "baselines": {"counter_decay": config.evaluate.counter_decay},
