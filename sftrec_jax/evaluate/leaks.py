@@ -43,7 +43,9 @@ TIED_SHARE = 0.6
 """Of ties in a direction that says nothing, 0.5 go up."""
 FAR, GAP, SLOPE = 5, 0.02, 0.02
 """Ids rise through a history also where newer items have higher ids. Then items `FAR` steps apart rise more often than
-neighbours; where ties are sorted, less often. Measured, neighbours against five steps: see docs/log.md."""
+neighbours; where ties are sorted, less often. Shares that rise, neighbours and five steps apart: MovieLens with ties sorted by
+id 54.3 % and 50.7 %, by a hash 49.5 and 50.3; Amazon Beauty 53.3 and 53.5, Games 50.0 and 49.2, Industrial 54.0 and 57.1. So
+neighbours must lie `SLOPE` off one half, and `GAP` further than items `FAR` apart."""
 REPEATS = 0.01
 ALIKE = 5
 """Items before a target that must agree, too, for two examples to be alike."""
@@ -208,11 +210,8 @@ def tie_order(dataset: Dataset) -> Outcome:
     for what, rank in _ranks(dataset).items():
         message = _tied(dataset, rank) if dataset.timed else _sorted_runs(dataset, rank)
         if message is not None:
-            way_out = (
-                "order ties by a hash of user and item"
-                if dataset.timed
-                else "use the times of the source (data.time_column), or mix items of equal time before they lose it"
-            )
+            without = "use the times of the source (data.time_column), or mix items of equal time before they lose it"
+            way_out = "order ties by a hash of user and item" if dataset.timed else without
             return Finding("tie_order", f"ties follow the {what}: {message}; {way_out}")
     return None
 
