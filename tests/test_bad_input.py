@@ -166,7 +166,7 @@ def test_item_longer_than_the_context(tmp_path: Path, capsys: pytest.CaptureFixt
     capsys.readouterr()
     assert main(["run", str(config), "--out", str(out), *words]) == 2
     *summary, line = capsys.readouterr().err.splitlines()
-    assert line.startswith("error: item ") and "context of 8 tokens" in line and "items.max_title_tokens" in line
+    assert line.startswith("error: ") and "context has 8" in line and "items.max_title_tokens" in line
     assert not any(text.startswith(("error", "Traceback")) for text in summary)
     assert not out.exists()
 

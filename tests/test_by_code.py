@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_run import write_inputs
+from tiny_run import ITEMS, USERS, write_inputs
 
 from sftrec_jax.cli import main
 from sftrec_jax.data.known import data_root
@@ -93,3 +93,28 @@ def test_minionerecs_scoring_beside_ours(tmp_path: Path) -> None:
     for name in ("popularity", "markov", "item_item"):
         string, item = found["by_code_string"][name], found["by_code_item"][name]
         assert string["recall@10"] >= item["recall@10"] and string["ndcg@10"] > 1.05 * item["ndcg@10"]
+
+
+def test_baselines_and_lists_of_leaking_data(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Ids of users that name the target: refused without a model, too, and recorded where accepted."""
+    config, out = write_inputs(tmp_path), tmp_path / "numbers.json"
+    items = {user: [line.split(",")[1] for line in (tmp_path / "log.csv").read_text().splitlines()[1:] if line.startswith(user)]
+             for user in USERS}  # fmt: skip
+    text = (tmp_path / "log.csv").read_text()
+    for user in USERS:
+        text = text.replace(f"{user},", f"{user}-{items[user][-1]},")
+    (tmp_path / "log.csv").write_text(text)
+    capsys.readouterr()
+    assert main(["baselines", str(config), "--to", str(out)]) == 3
+    assert "target_in_user_id" in capsys.readouterr().err and not out.exists()
+    accept = ["--evaluate.accept-leaks", "target_in_user_id"]
+    assert main(["baselines", str(config), "--to", str(out), *accept]) == 0
+    found = json.loads(out.read_text())["protocol"]["leaks"]
+    assert [one["name"] for one in found["found"]] == ["target_in_user_id"] and len(found["checked"]) == 3
+    run, lists = tmp_path / "run", tmp_path / "lists.csv"
+    assert main(["prepare", str(config), "--out", str(run), *accept]) == 0
+    rows = [f"{u}-{items[u][-1]},1,{next(i for i in ITEMS if i not in items[u][:-1])}" for u in USERS]
+    lists.write_text("\n".join(["user,rank,item_id", *rows]) + "\n")
+    assert main(["evaluate", str(run), "--lists", str(lists), "--to", str(tmp_path / "theirs.json")]) == 0
+    record = json.loads((tmp_path / "theirs.json").read_text())["protocol"]["leaks"]["found"]
+    assert [(one["name"], one["accepted"]) for one in record] == [("target_in_user_id", True)]

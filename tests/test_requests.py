@@ -177,7 +177,7 @@ def test_random_catalogues_and_requests(roomy: dict[str, Recommender], known: li
     run()
     several, shared = sum(e[2] for e in examples), sum(e[0] > e[1] for e in examples)
     print(f"{len(examples)} examples in {len(LAYOUTS)} layouts, {several} with several lengths, {shared} with shared codes")
-    assert len(examples) >= 30 and several and shared
+    assert len(examples) >= 15 and several and shared
 
 
 def test_another_catalogue_gives_what_a_new_recommender_gives(pair: Pair, roomy: dict[str, Recommender]) -> None:

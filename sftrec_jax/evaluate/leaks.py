@@ -410,7 +410,8 @@ def _sorted_runs(dataset: Dataset, rank: np.ndarray) -> str | None:
     throughout = gap > -GAP and _one_sided(int(near.sum()), len(near))
     if not closer and not throughout:
         return None
-    return f"of {len(near):,} neighbours, {share:.1%} rise, of items {FAR} steps apart {far.mean():.1%} (chance: the same)"
+    why = " (chance: the same)" if closer else "; accept it if ids truly rise with time, as those of news do"
+    return f"of {len(near):,} neighbours, {share:.1%} rise, of items {FAR} steps apart {far.mean():.1%}{why}"
 
 
 def _in_training(dataset: Dataset, owner: np.ndarray, held: HeldOut) -> np.ndarray:

@@ -21,6 +21,7 @@ from sftrec_jax.items.index_file import read_index
 from sftrec_jax.items.titles import distinct_titles
 from sftrec_jax.run.card import data_card
 from sftrec_jax.run.folder import check_free, write_json
+from sftrec_jax.run.lint import check_data
 from sftrec_jax.run.naming import numbered
 from sftrec_jax.run.tables import SHOWN, row_name, short
 
@@ -50,6 +51,7 @@ def baselines_stage(config: RunConfig, tie_seeds: int, to: Path | None, overwrit
         check_free(to, overwrite)
     dataset = prepare_dataset(config.data)
     check_evaluable(Path(config.data.source), config, dataset)
+    leaks = check_data(dataset, config)
     tied = dataset.report.get("tied_timestamp_share")
     if tie_seeds > 1 and not tied:
         console.print("no times are tied in this data (or it has none), so every tie seed gives the same order: one is enough")
@@ -75,7 +77,7 @@ def baselines_stage(config: RunConfig, tie_seeds: int, to: Path | None, overwrit
         users = np.flatnonzero(dataset.test_position >= 0)
         result["items_sharing_a_code"] = int(scoring.shared(np.arange(len(dataset.item_ids))).sum())
         result["targets_sharing_a_code"] = int(scoring.shared(_targets(dataset, users)).sum())
-    result["protocol"] = data_card(config, dataset, test)
+    result["protocol"] = data_card(config, dataset, test) | {"leaks": leaks}
     if scoring is not None:
         console.print(
             f"{result['items_sharing_a_code']:,} items share a code with others and are the target of "

@@ -5,12 +5,13 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from sftrec_jax.config import RunConfig
 from sftrec_jax.console import console
 from sftrec_jax.data.dataset import Dataset
 from sftrec_jax.errors import LeakError, UserError
@@ -38,17 +39,27 @@ def check_leaks(session: Session) -> dict[str, Any]:
     Returns: {"checked": names, "found": [{"name", "message", "accepted": true}], "not_checked": {name: why}}, for the card.
     Raises: LeakError with one line a finding that is not accepted; UserError for a name that is no check's.
     """
-    accepted = session.config.evaluate.accept_leaks
+    return _settled(_look(session), session.config.evaluate.accept_leaks)
+
+
+def check_data(dataset: Dataset, config: RunConfig) -> dict[str, Any]:
+    """As `check_leaks`, but only what the data alone tell: for metrics without a model."""
+    return _settled(_look_at_data(dataset, config.train.seed), config.evaluate.accept_leaks)
+
+
+def _settled(outcomes: dict[str, leaks.Outcome], accepted: Sequence[str]) -> dict[str, Any]:
+    """What `check_leaks` says, raises and returns of the outcomes of checks."""
     for name in accepted:
         if name not in NAMES:
             near = difflib.get_close_matches(name, NAMES, n=1, cutoff=0)[0]
             raise UserError(f"evaluate.accept_leaks: there is no check {name!r}; the nearest is {near} (all: {', '.join(NAMES)})")
-    found, not_checked = _look(session)
+    found = [outcome for outcome in outcomes.values() if isinstance(outcome, Finding)]
+    not_checked = {name: outcome for name, outcome in outcomes.items() if isinstance(outcome, str)}
     refused = [finding for finding in found if finding.name not in accepted]
     if refused:
         lines = [f"{f.name}: {f.message}; or accept it, which the card records: {ACCEPT} {f.name}" for f in refused]
         raise LeakError("\n".join(lines))
-    checked = [name for name in NAMES if name not in not_checked]
+    checked = [name for name in outcomes if name not in not_checked]
     says = ", ".join(f"{f.name} accepted ({f.message})" for f in found) or "none found"
     missing = "".join(f"; {name} not checked ({why})" for name, why in not_checked.items())
     console.print(f"leaks: {says} ({len(checked)} checks){missing}", markup=False)
@@ -61,7 +72,7 @@ def check_leaks(session: Session) -> dict[str, Any]:
 
 def findings(session: Session) -> list[Finding]:
     """All findings of a session, accepted or not, in the order of `NAMES`."""
-    return _look(session)[0]
+    return [outcome for outcome in _look(session).values() if isinstance(outcome, Finding)]
 
 
 def record_fit(dataset: Dataset, folder: Path) -> None:
@@ -106,20 +117,25 @@ def code_numbers(session: Session) -> np.ndarray | str:
     return np.unique(codes.codes, axis=0, return_inverse=True)[1].reshape(-1).astype(np.int64)
 
 
-def _look(session: Session) -> tuple[list[Finding], dict[str, str]]:
-    dataset, prompts, seed = session.dataset, session.prompts, session.config.train.seed
-    numbers = code_numbers(session)
-    outcomes: dict[str, leaks.Outcome] = {
-        "numbering": numbers if isinstance(numbers, str) else leaks.numbering(dataset, numbers),
-        "target_in_prompt": leaks.target_in_prompt(dataset, prompts, seed),
+def _look_at_data(dataset: Dataset, seed: int) -> dict[str, leaks.Outcome]:
+    return {
         "target_in_user_id": leaks.target_in_user_id(dataset, seed),
-        "fitted_on_held_out": _fitted(session),
         "tie_order": leaks.tie_order(dataset),
         "duplicate_rows": leaks.duplicate_rows(dataset),
+    }
+
+
+def _look(session: Session) -> dict[str, leaks.Outcome]:
+    """By the name of the check, in the order of `NAMES`."""
+    dataset, prompts, seed = session.dataset, session.prompts, session.config.train.seed
+    numbers = code_numbers(session)
+    outcomes = _look_at_data(dataset, seed) | {
+        "numbering": numbers if isinstance(numbers, str) else leaks.numbering(dataset, numbers),
+        "target_in_prompt": leaks.target_in_prompt(dataset, prompts, seed),
+        "fitted_on_held_out": _fitted(session),
         "test_answer_in_training": leaks.answers_in_training(dataset, prompts, seed),
     }
-    found = [outcome for outcome in outcomes.values() if isinstance(outcome, Finding)]
-    return found, {name: outcome for name, outcome in outcomes.items() if isinstance(outcome, str)}
+    return {name: outcomes[name] for name in NAMES}
 
 
 def _fitted(session: Session) -> leaks.Outcome:

@@ -31,6 +31,7 @@ from sftrec_jax.evaluate.uncertainty import draw
 from sftrec_jax.items.titles import natural_key
 from sftrec_jax.run.card import data_card
 from sftrec_jax.run.folder import RunFolder, check_free, write_json
+from sftrec_jax.run.lint import check_data
 from sftrec_jax.run.tables import SHOWN, row_name, short
 
 COLUMNS = {"user": "user", "rank": "rank", "item": "item_id"}
@@ -81,6 +82,7 @@ def lists_stage(folder: RunFolder, config: RunConfig, path: Path, to: Path | Non
     targets = dataset.items[dataset.offsets[users] + dataset.test_position[users]]
     histories = [dataset.history(int(u))[: dataset.test_position[u]] for u in users]
     lists = read_lists(path, dataset, users, histories if mask else None)
+    leaks = check_data(dataset, config)
     ks = tuple(k for k in DEFAULT_KS if k <= lists.lengths.min())
     values = {"model": _values(lists.items, targets, ks)}
     for name, baseline in fit_baselines(dataset, config.evaluate.counter_decay).items():
@@ -92,6 +94,7 @@ def lists_stage(folder: RunFolder, config: RunConfig, path: Path, to: Path | Non
     result |= {"users": len(users), "items": len(dataset.item_ids), "mask_seen": mask}
     result["protocol"] = data_card(config, dataset, len(users)) | {
         "seeds": {"tie": config.data.tie_seed, "train": config.train.seed},
+        "leaks": leaks,
         "lists": {"file": path.name, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()},
     }
     console.print(_table(result, path))
