@@ -222,9 +222,16 @@ class PromptConfig:
     """`instruct`: text after each item of the history."""
     suffix: str = "The next item:\n"
     """`instruct`: text between history and target."""
+    stride: int = 1
+    """`instruct`, targets with more than `max_history` items before them: by how many items the beginning of their prompts moves
+    at once. 1: each sees the newest `max_history`, as in inference; half of that: half of it to all, and neighbours share."""
 
     def __post_init__(self) -> None:
         _require(self.max_history >= 1, f"prompt.max_history is {self.max_history}; use 1 or more")
+        _require(
+            1 <= self.stride <= self.max_history,
+            f"prompt.stride is {self.stride}; use 1 to prompt.max_history ({self.max_history}) items",
+        )
 
 
 @dataclass(frozen=True)
@@ -276,6 +283,9 @@ class TrainConfig:
     """Passes over the training examples."""
     max_steps: int | None = None
     """At most this many optimizer steps, however many `epochs` would make; null: as `epochs` says."""
+    share_prefixes: Literal["auto", "on", "off"] = "auto"
+    """Whether prompts that begin alike are written once, with a branch for each target (`prompt.format: instruct`; a stream is
+    written once anyway). `auto`: where loss and gradients are those of the examples one by one: without adapter dropout."""
     row_length: int = 512
     """Tokens in a packed row (T)."""
     batch_rows: int = 4

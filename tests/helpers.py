@@ -16,7 +16,7 @@ from flax import nnx
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
 from sftrec_jax.config import LoraConfig, MeshConfig, ModelConfig, TrainConfig
-from sftrec_jax.data.packing import PackedBatch
+from sftrec_jax.data.segments import PackedBatch
 from sftrec_jax.items.codes import ItemCodes
 from sftrec_jax.items.naming import atomic_codes
 from sftrec_jax.model.decoder import Decoder

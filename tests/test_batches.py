@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny_training import ExampleList
 
 from sftrec_jax.config import TrainConfig
-from sftrec_jax.data.packing import PackedBatch
-from sftrec_jax.data.prompts import Example
+from sftrec_jax.data.segments import Example, PackedBatch
 from sftrec_jax.errors import UserError
 from sftrec_jax.train.batches import BatchPlan
 
@@ -48,7 +48,7 @@ def test_every_example_once_an_epoch(sizes: list[tuple[int, int]], rows: int, ac
     """Steps cross the edges of epochs; the examples in order are one permutation after the other."""
     made = [example(i, *size) for i, size in enumerate(sizes)]
     config = TrainConfig(row_length=ROW, batch_rows=rows, accumulate=accumulate, seed=seed, epochs=3)
-    plan = BatchPlan(made, config)
+    plan = BatchPlan(ExampleList(made), config)
     expected = [(i, *size) for i, size in enumerate(sizes)]
     seen: list = []
     step = 0
@@ -70,7 +70,7 @@ def equal(left: PackedBatch, right: PackedBatch) -> bool:
 def plan_of(count: int, **changes: object) -> BatchPlan:
     config = TrainConfig(**{"row_length": ROW, "batch_rows": 2, "accumulate": 2, "epochs": 3.0, **changes})  # type: ignore[arg-type]
     sizes = [1 + i % 13 for i in range(count)]
-    return BatchPlan([example(i, n, max(1, n // 3)) for i, n in enumerate(sizes)], config)
+    return BatchPlan(ExampleList([example(i, n, max(1, n // 3)) for i, n in enumerate(sizes)]), config)
 
 
 def test_a_batch_depends_on_nothing_but_the_step() -> None:
@@ -106,9 +106,9 @@ def test_efficiency_is_the_share_of_filled_positions() -> None:
 
 def test_no_examples_is_the_users_problem() -> None:
     with pytest.raises(UserError, match="no training example.*data.user_core"):
-        BatchPlan([], TrainConfig())
+        BatchPlan(ExampleList([]), TrainConfig())
 
 
 def test_an_example_longer_than_a_row_is_the_users_problem() -> None:
     with pytest.raises(UserError, match="train.row_length"):
-        BatchPlan([example(0, ROW + 1, 1)], TrainConfig(row_length=ROW)).batch(0)
+        BatchPlan(ExampleList([example(0, ROW + 1, 1)]), TrainConfig(row_length=ROW)).batch(0)

@@ -4,17 +4,16 @@ import jax
 import numpy as np
 from flax import nnx
 from scipy.special import logsumexp
-from tiny_training import examples, random_histories, stories
+from tiny_training import examples, random_histories, rows_of, stories
 
 from sftrec_jax.config import PromptConfig
-from sftrec_jax.data.packing import pack_rows
 from sftrec_jax.train.calibrate import calibrate
 
 
 def test_items_start_as_likely_as_text() -> None:
     case = stories().case
     made = examples(case, PromptConfig(format="stream", max_history=6), random_histories(6, 6))
-    batch = jax.device_put(pack_rows(made, [np.arange(3), np.arange(3, len(made))], 64, 64))
+    batch = jax.device_put(rows_of(made, [list(range(3)), list(range(3, len(made)))], 64, 64))
     decoder = nnx.merge(*nnx.split(case.decoder))
 
     def target_logits() -> np.ndarray:

@@ -14,7 +14,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from sftrec_jax.config import MeshConfig
-from sftrec_jax.data.packing import PackedBatch
+from sftrec_jax.data.segments import PackedBatch
 from sftrec_jax.items.codes import ItemCodes
 from sftrec_jax.model.hub import BaseSource, resolve_base
 from sftrec_jax.model.load import Build, load_decoder, source_architecture

@@ -15,7 +15,8 @@ from tiny_tokenizers import byte_level
 from sftrec_jax.config import DataConfig, PromptConfig
 from sftrec_jax.data.dataset import Dataset, ItemText
 from sftrec_jax.data.prepare import prepare_dataset
-from sftrec_jax.data.prompts import Example, PromptBuilder, prompt_builder
+from sftrec_jax.data.prompts import PromptBuilder, prompt_builder
+from sftrec_jax.data.segments import Example
 from sftrec_jax.evaluate import leaks
 from sftrec_jax.evaluate.leaks import Finding, HeldOut
 from sftrec_jax.items.codes import ItemCodes

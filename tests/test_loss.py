@@ -15,8 +15,7 @@ from tiny_training import Parts, assert_close, examples, loss_and_gradient, rand
 from transformers import AutoModelForCausalLM
 
 from sftrec_jax.config import LoraConfig, PromptConfig
-from sftrec_jax.data.packing import PackedBatch
-from sftrec_jax.data.prompts import Example
+from sftrec_jax.data.segments import Example, PackedBatch
 from sftrec_jax.model.cards import CardInfo
 from sftrec_jax.model.export import export_adapter
 from sftrec_jax.train.loss import weighted_cross_entropy

@@ -3,8 +3,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sftrec_jax.data.packing import pack_rows, packing_efficiency, plan_epoch
-from sftrec_jax.data.prompts import Example
+from sftrec_jax.data.packing import packing_efficiency, plan_epoch
 from sftrec_jax.errors import UserError
 
 SIZES = st.lists(st.tuples(st.integers(1, 20), st.integers(0, 8)), max_size=40)
@@ -71,45 +70,3 @@ def test_too_long() -> None:
     with pytest.raises(UserError, match="has 6 targets but a row has room for 5"):
         plan_epoch(np.asarray([7]), np.asarray([6]), 10, 5, 0, 0)
     assert plan_epoch(np.zeros(0, np.int64), np.zeros(0, np.int64), 10, 5, 0, 0) == []
-
-
-@given(st.data())
-def test_packed_rows_hold_the_examples(data) -> None:
-    examples = []
-    for n in data.draw(st.lists(st.integers(1, 9), max_size=12)):
-        positions = sorted(data.draw(st.sets(st.integers(0, n - 1), max_size=n)))
-        values = np.arange(1, n + 1, dtype=np.int32) + 100 * len(examples)
-        labels = np.asarray([values[p] + 1 for p in positions], np.int32)
-        examples.append(Example(values, np.asarray(positions, np.int32), labels, np.full(len(positions), 0.5, np.float32)))
-    lengths, targets = split([(len(e.tokens), len(e.labels)) for e in examples])
-    rows = plan_epoch(lengths, targets, 12, 10, 0, 0)
-    rows.append(np.zeros(0, np.int64))
-    batch = pack_rows(examples, rows, 12, 10)
-    for name in ("tokens", "positions", "segments", "branches", "forks"):
-        assert getattr(batch, name).shape == (len(rows), 12) and getattr(batch, name).dtype == np.int32
-    assert batch.labels.shape == batch.weights.shape == batch.target_positions.shape == (len(rows), 10)
-    assert (batch.forks == batch.positions + 1).all() and not batch.branches.any()
-    for b, row in enumerate(rows):
-        wanted, got = [], []
-        for segment, index in enumerate(row, start=1):
-            where = batch.segments[b] == segment
-            assert batch.tokens[b, where].tolist() == examples[index].tokens.tolist()
-            assert batch.positions[b, where].tolist() == list(range(len(examples[index].tokens)))
-            example = examples[index]
-            wanted += [(index, p, label) for p, label in zip(example.target_positions, example.labels, strict=True)]
-        for p, label, weight in zip(batch.target_positions[b], batch.labels[b], batch.weights[b], strict=True):
-            if weight:
-                assert weight == 0.5 and batch.tokens[b, p] + 1 == label
-                got.append((row[batch.segments[b, p] - 1], batch.positions[b, p], label))
-            else:
-                assert p == label == 0
-        assert got == wanted
-        padding = batch.segments[b] == 0
-        assert padding.sum() == 12 - sum(len(examples[i].tokens) for i in row)
-        assert not batch.tokens[b, padding].any() and not batch.positions[b, padding].any()
-
-
-def test_overfull_row_is_refused() -> None:
-    example = Example(np.zeros(5, np.int32), np.zeros(1, np.int32), np.zeros(1, np.int32), np.ones(1, np.float32))
-    with pytest.raises(ValueError, match="needs 10 tokens"):
-        pack_rows([example], [np.asarray([0, 0])], 9, 4)

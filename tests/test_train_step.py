@@ -26,7 +26,7 @@ from tiny_training import (
 )
 
 from sftrec_jax.config import LoraConfig, ModelConfig, TrainConfig
-from sftrec_jax.data.packing import PackedBatch
+from sftrec_jax.data.segments import PackedBatch
 from sftrec_jax.model.load import load_decoder, make_build, source_architecture
 from sftrec_jax.model.sharding import named_arrays
 from sftrec_jax.train.loss import target_loss

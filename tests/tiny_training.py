@@ -14,8 +14,8 @@ from flax import nnx
 from helpers import FIXTURE, Case, make_case
 
 from sftrec_jax.config import LoraConfig, MeshConfig, PromptConfig, TrainConfig
-from sftrec_jax.data.packing import PackedBatch, pack_rows
-from sftrec_jax.data.prompts import Example, prompt_builder
+from sftrec_jax.data.prompts import prompt_builder
+from sftrec_jax.data.segments import Example, PackedBatch
 from sftrec_jax.model.load import trainable_filter
 from sftrec_jax.model.sharding import make_mesh, named_arrays, sharding_for
 from sftrec_jax.train.batches import BatchPlan
@@ -62,7 +62,56 @@ def random_histories(count: int, longest: int, seed: int = 0) -> list[np.ndarray
 
 
 def stream_plan(case: Case, config: TrainConfig, users: int = 40) -> BatchPlan:
-    return BatchPlan(examples(case, PromptConfig("stream", max_history=9), random_histories(users, 12)), config)
+    return BatchPlan(ExampleList(examples(case, PromptConfig("stream", max_history=9), random_histories(users, 12))), config)
+
+
+@dataclass(frozen=True, eq=False)
+class ExampleList:
+    """Examples written one by one, for a `BatchPlan`."""
+
+    examples: Sequence[Example]
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    @property
+    def lengths(self) -> np.ndarray:
+        return np.asarray([len(e.tokens) for e in self.examples], np.int64)
+
+    @property
+    def targets(self) -> np.ndarray:
+        return np.asarray([len(e.labels) for e in self.examples], np.int64)
+
+    @property
+    def longest(self) -> int:
+        return int(self.targets.max(initial=0))
+
+    def within(self, tokens: int, targets: int) -> "ExampleList":
+        return self
+
+    def pack(self, rows: list[np.ndarray], row_length: int, targets_per_row: int) -> PackedBatch:
+        return pack_rows(self.examples, rows, row_length, targets_per_row)
+
+
+def pack_rows(made: Sequence[Example], rows: Sequence[np.ndarray], row_length: int, targets_per_row: int) -> PackedBatch:
+    """The arrays of rows that hold whole examples, written in a plain loop: the reference for packing."""
+    shape, target_shape = (len(rows), row_length), (len(rows), targets_per_row)
+    tokens, positions, segments = (np.zeros(shape, np.int32) for _ in range(3))
+    target_positions, labels = (np.zeros(target_shape, np.int32) for _ in range(2))
+    weights = np.zeros(target_shape, np.float32)
+    for b, row in enumerate(rows):
+        at, target_at = 0, 0
+        for segment, index in enumerate(row, start=1):
+            example = made[int(index)]
+            end, target_end = at + len(example.tokens), target_at + len(example.labels)
+            tokens[b, at:end] = example.tokens
+            positions[b, at:end] = np.arange(end - at)
+            segments[b, at:end] = segment
+            target_positions[b, target_at:target_end] = example.target_positions + at
+            labels[b, target_at:target_end] = example.labels
+            weights[b, target_at:target_end] = example.weights
+            at, target_at = end, target_end
+    return PackedBatch(tokens, positions, segments, np.zeros(shape, np.int32), positions + 1, target_positions, labels, weights)
 
 
 def rows_of(made: Sequence[Example], rows: Sequence[Sequence[int]], length: int, targets: int) -> PackedBatch:

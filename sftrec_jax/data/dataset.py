@@ -12,6 +12,7 @@ import numpy as np
 import polars as pl
 from polars.exceptions import PolarsError
 
+from sftrec_jax.data.windows import Windows
 from sftrec_jax.errors import UserError
 
 FORMAT_VERSION = 2
@@ -69,6 +70,12 @@ class Dataset:
         lengths = np.diff(self.offsets)
         position = np.arange(len(self.items)) - np.repeat(self.offsets[:-1], lengths)
         return (position >= np.repeat(self.train_begin, lengths)) & (position < np.repeat(self.train_end, lengths))
+
+    @property
+    def training(self) -> Windows:
+        """Of each history with training targets where in `items` its training part begins, has its first target, and ends."""
+        some = np.flatnonzero(self.train_end > self.train_begin)
+        return Windows(*(self.offsets[some] + at for at in (0, self.train_begin[some], self.train_end[some])))
 
     @property
     def given(self) -> bool:

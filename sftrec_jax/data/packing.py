@@ -1,43 +1,14 @@
-"""Which examples share a row, and the arrays of packed rows.
+"""Which examples share a row.
 
 The plan is a pure function of (lengths, targets, seed, epoch): any row of any epoch is known without an iterator, so
 resuming is exact.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
-import jax
 import numpy as np
 
-from sftrec_jax.data.prompts import Example
 from sftrec_jax.errors import UserError
-
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True, eq=False)
-class PackedBatch:
-    """Rows of packed examples; B rows, T tokens, K targets a row.
-
-    Padding is segment 0, position 0, branch 0, fork 1; unused targets have position 0, label 0 and weight 0.
-    """
-
-    tokens: np.ndarray
-    """int32 [B, T]"""
-    positions: np.ndarray
-    """int32 [B, T], from 0 in each example"""
-    segments: np.ndarray
-    """int32 [B, T], 1, 2, ... in a row"""
-    branches: np.ndarray
-    """int32 [B, T], 0 is the trunk"""
-    forks: np.ndarray
-    """int32 [B, T], how much of the trunk a token may see: positions + 1"""
-    target_positions: np.ndarray
-    """int32 [B, K], indices into the row"""
-    labels: np.ndarray
-    """int32 [B, K]"""
-    weights: np.ndarray
-    """float32 [B, K]"""
 
 
 def plan_epoch(
@@ -138,35 +109,3 @@ def packing_efficiency(lengths: np.ndarray, rows: Sequence[np.ndarray], row_leng
     if not rows:
         return 1.0
     return float(np.asarray(lengths)[np.concatenate(list(rows))].sum() / (len(rows) * row_length))
-
-
-def pack_rows(examples: Sequence[Example], plan_rows: Sequence[np.ndarray], row_length: int, targets_per_row: int) -> PackedBatch:
-    """The arrays of some rows of a plan.
-
-    Args:
-        examples: indexed by the entries of the rows.
-        plan_rows: B arrays of example indices; an empty one gives a row of padding.
-        row_length: T.
-        targets_per_row: K.
-
-    Raises: ValueError where a row holds more than its capacities.
-    """
-    shape, target_shape = (len(plan_rows), row_length), (len(plan_rows), targets_per_row)
-    tokens, positions, segments = (np.zeros(shape, np.int32) for _ in range(3))
-    target_positions, labels = (np.zeros(target_shape, np.int32) for _ in range(2))
-    weights = np.zeros(target_shape, np.float32)
-    for b, row in enumerate(plan_rows):
-        at, target_at = 0, 0
-        for segment, index in enumerate(row, start=1):
-            example = examples[int(index)]
-            end, target_end = at + len(example.tokens), target_at + len(example.labels)
-            if end > row_length or target_end > targets_per_row:
-                raise ValueError(f"row {b} needs {end} tokens, {target_end} targets; it has {row_length}, {targets_per_row}")
-            tokens[b, at:end] = example.tokens
-            positions[b, at:end] = np.arange(end - at)
-            segments[b, at:end] = segment
-            target_positions[b, target_at:target_end] = example.target_positions + at
-            labels[b, target_at:target_end] = example.labels
-            weights[b, target_at:target_end] = example.weights
-            at, target_at = end, target_end
-    return PackedBatch(tokens, positions, segments, np.zeros(shape, np.int32), positions + 1, target_positions, labels, weights)

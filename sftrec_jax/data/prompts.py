@@ -14,26 +14,14 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 
 from sftrec_jax.config import PromptConfig
+from sftrec_jax.data.segments import Example, Pieces, Segments
+from sftrec_jax.data.windows import Windows, back_to_back, one_by_one, with_history
 from sftrec_jax.errors import UserError
 from sftrec_jax.items.codes import ItemCodes
 from sftrec_jax.items.encode import TitleEncoder, encode_apart
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-
-@dataclass(frozen=True, eq=False)
-class Example:
-    """One training sequence. The hidden state at `target_positions[j]` predicts `labels[j]`; the last label is not fed."""
-
-    tokens: np.ndarray
-    """int32 [n]"""
-    target_positions: np.ndarray
-    """int32 [m], rising, below n"""
-    labels: np.ndarray
-    """int32 [m]"""
-    weights: np.ndarray
-    """float32 [m]"""
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,6 +32,7 @@ class PromptBuilder:
     history: Literal["titles", "tokens"]
     windows: Literal["last", "all"]
     max_history: int
+    stride: int
     context: int
     """Longest prompt with its answer, in tokens."""
     bos: np.ndarray
@@ -59,7 +48,8 @@ class PromptBuilder:
     `prompts`, `prompts_cut_to_context`, `items_cut_to_context` (dropped though within `max_history`);
     `examples`, `targets`, `examples_cut_to_context`, `training_items_left_out` (training items that are no target).
     """
-    _pieces: dict[int, np.ndarray] = field(default_factory=dict, repr=False)
+    _texts: dict[int, np.ndarray] = field(default_factory=dict, repr=False)
+    _pieces: list[Pieces] = field(default_factory=list, repr=False)
 
     @property
     def beginning(self) -> np.ndarray:
@@ -84,66 +74,79 @@ class PromptBuilder:
         self.counts["items_cut_to_context"] += cut
         return self._write(items)
 
-    def examples(self, train_history: np.ndarray, begin: int = 0) -> list[Example]:
-        """Training examples of one user.
+    def segments(self, items: np.ndarray, histories: Windows) -> Segments:
+        """Training targets of many histories, those that are asked for with the same prompt's beginning in one segment.
 
-        `stream`: one example a window, every item in it a target. `instruct`: one example for each target, which is
-        a training item with a predecessor; its prompt is what `prompt` gives for the items before it.
+        `stream`: a segment is a window of a history, every item in it a target. `instruct`: a target is a training item with a
+        predecessor, and its prompt what `prompt` gives for the items before it; or, with `stride` above 1 and a history longer
+        than `max_history` or the context, for fewer of them.
 
         Args:
-            train_history: int [h] item indices of the user's training part, oldest first.
-            begin: items before this position are context and no target (`Dataset.train_begin`).
+            items: int32 [N] item indices of all histories, one after the other, oldest first.
+            histories: where the training part of each begins and ends in `items`; those before `first` are context and no target.
 
         Raises: UserError where a single item does not fit into the context.
         """
-        made = self._stream(train_history, begin) if self.format == "stream" else self._instruct(train_history, begin)
-        self.counts["examples"] += len(made)
-        self.counts["targets"] += sum(len(e.labels) for e in made)
+        sums = np.concatenate([[0], np.cumsum(np.diff(self.pieces.texts)[items] + len(self.separator))])
+        ends = histories.end
+        if self.format == "stream":
+            room = self.context - len(self.bos) + 1  # the last token of a window is not fed
+            windows = back_to_back(sums, histories, self.max_history, room, self.windows == "last")
+            cut = (windows.end - windows.begin < self.max_history) & ~np.isin(windows.begin, histories.begin)
+            too_long = windows.begin == windows.end
+            examples, item = len(windows), windows.end - 1
+        else:
+            last_only = ends - self.max_history if self.windows == "last" else histories.begin
+            first = np.maximum(histories.first, np.maximum(histories.begin + 1, last_only))
+            wanted = Windows(histories.begin, np.minimum(first, ends), ends)
+            windows = with_history(sums, wanted, self.max_history, self.context - self._frame(), self.stride)
+            too_long = windows.begin == windows.first
+            each = one_by_one(windows)
+            begins = histories.begin[np.searchsorted(ends, each.first, side="right")]
+            cut = each.begin > np.maximum(begins, each.first - self.max_history)
+            examples, item = len(each), windows.first - 1
+        if too_long.any():
+            raise self._too_long(int(items[item[too_long.argmax()]]))
+        made = Segments(items, windows, self.pieces)
+        targets = int(made.target_items.sum())
+        self.counts["examples"] += examples
+        self.counts["targets"] += int(made.targets.sum())
+        self.counts["examples_cut_to_context"] += int(cut.sum())
+        self.counts["training_items_left_out"] += int(np.maximum(ends - histories.first, 0).sum()) - targets
         return made
 
-    def _stream(self, history: np.ndarray, target_begin: int) -> list[Example]:
-        lengths = self._lengths(history)
-        made = []
-        end = len(history)
-        while end > target_begin:
-            begin = max(0, end - self.max_history)
-            fit = self._newest_that_fit(lengths[begin:end], len(self.bos) - 1)  # the last token of the window is not fed
-            if fit == 0:
-                raise self._too_long(int(history[end - 1]))
-            self.counts["examples_cut_to_context"] += fit < end - begin
-            begin = end - fit
-            labels = self._items(history[begin:end])
-            tokens = np.concatenate([self.bos, labels[:-1]])
-            context = int(lengths[begin:target_begin].sum()) if begin < target_begin else 0
-            made.append(_example(tokens, context, labels[context:]))
-            end = begin
-            if self.windows == "last":
-                self.counts["training_items_left_out"] += max(0, begin - target_begin)
-                break
-        return made[::-1]
+    def examples(self, train_history: np.ndarray, begin: int = 0) -> list[Example]:
+        """The training examples of one history, each by itself; arguments and errors as `segments`."""
+        items = np.asarray(train_history, np.int32)
+        histories = Windows(*(np.asarray([at], np.int64) for at in (0, begin, len(items))))
+        made = self.segments(items, histories)
+        return (made if self.format == "stream" else made.apart()).examples()
 
-    def _instruct(self, history: np.ndarray, begin: int) -> list[Example]:
-        first = max(begin, 1 if self.windows == "all" else max(1, len(history) - self.max_history))
-        self.counts["training_items_left_out"] += min(first, len(history)) - min(begin, len(history))
-        made = []
-        for position in range(first, len(history)):
-            items, cut = self._fitting(history[:position])
-            self.counts["examples_cut_to_context"] += cut > 0
-            prompt = self._write(items)
-            labels = self._items(history[position : position + 1])
-            made.append(_example(np.concatenate([prompt, labels[:-1]]), len(prompt) - 1, labels))
-        return made
+    @property
+    def pieces(self) -> Pieces:
+        """What segments are written from; made once."""
+        if not self._pieces:
+            texts = None
+            if self.format == "instruct" and self.history == "titles":
+                texts = [np.asarray(t, np.int32) for t in self.encode([str(t) for t in self.codes.titles])]
+            self._pieces.append(Pieces.of(self.beginning, self.separator, self.suffix, texts, self.codes.codes))
+        return self._pieces[0]
 
-    def _fitting(self, history: np.ndarray) -> tuple[np.ndarray, int]:
-        history = np.asarray(history)
-        items = history[max(0, len(history) - self.max_history) :]
-        lengths = self._lengths(items) + len(self.separator)
+    def _frame(self) -> int:
+        """Tokens of a worded prompt without any item, and of the longest answer."""
         frame = len(self.bos) + len(self.prefix) + len(self.suffix) + self.codes.codes.shape[1]
         if frame > self.context:
             raise UserError(
                 f"the prompt without any item and the answer take {frame} tokens but the context has {self.context}; "
                 "shorten prompt.prefix and prompt.suffix, or lower items.max_title_tokens"
             )
+        return frame
+
+    def _fitting(self, history: np.ndarray) -> tuple[np.ndarray, int]:
+        history = np.asarray(history)
+        items = history[max(0, len(history) - self.max_history) :]
+        lengths = self._lengths(items) + len(self.separator)
+        frame = self._frame()
         fit = self._newest_that_fit(lengths, frame)
         if len(items) and fit == 0:
             raise self._too_long(int(items[-1]))
@@ -162,13 +165,13 @@ class PromptBuilder:
         return np.asarray([len(self._item(int(i))) for i in items], np.int64)
 
     def _item(self, item: int) -> np.ndarray:
-        tokens = self._pieces.get(item)
+        tokens = self._texts.get(item)
         if tokens is None:
             if self.format == "stream" or self.history == "tokens":
                 tokens = self._items(np.asarray([item]))
             else:
                 tokens = np.asarray(self.encode([str(self.codes.titles[item])])[0], np.int32)
-            self._pieces[item] = tokens
+            self._texts[item] = tokens
         return tokens
 
     def _items(self, items: np.ndarray) -> np.ndarray:
@@ -206,6 +209,7 @@ def prompt_builder(config: PromptConfig, codes: ItemCodes, tokenizer: PreTrained
         history=config.history,
         windows=config.windows,
         max_history=config.max_history,
+        stride=config.stride,
         context=context,
         bos=np.asarray([] if bos is None else [bos], np.int32),
         prefix=prefix,
@@ -214,8 +218,3 @@ def prompt_builder(config: PromptConfig, codes: ItemCodes, tokenizer: PreTrained
         codes=codes,
         encode=TitleEncoder(tokenizer, codes.new_tokens),
     )
-
-
-def _example(tokens: np.ndarray, first_target: int, labels: np.ndarray) -> Example:
-    positions = np.arange(first_target, first_target + len(labels), dtype=np.int32)
-    return Example(tokens.astype(np.int32), positions, labels.astype(np.int32), np.ones(len(labels), np.float32))

@@ -11,6 +11,7 @@ from jax.sharding import NamedSharding
 
 from sftrec_jax.config import TrainConfig
 from sftrec_jax.console import console
+from sftrec_jax.data.segments import Segments
 from sftrec_jax.errors import UserError
 from sftrec_jax.evaluate.uncertainty import draw
 from sftrec_jax.items.index_file import write_index
@@ -37,10 +38,9 @@ def _size(state: nnx.State) -> int:
 def train_stage(session: Session, resume: bool) -> TrainResult:
     """Trains and leaves `checkpoints/` and `metrics.jsonl`."""
     config = session.config
-    dataset, builder = session.dataset, session.prompts
-    begins = dataset.train_begin.tolist()
-    examples = [e for user, begin in enumerate(begins) for e in builder.examples(dataset.train_history(user), begin)]
-    plan = BatchPlan(examples, config.train)
+    segments, sharing = training_segments(session)
+    counts = session.prompts.counts
+    plan = BatchPlan(segments, t := config.train)
     decoder = session.base_decoder()
     if session.codes.new_tokens:
         batch = jax.tree.map(lambda x: x[0], plan.batch(0))
@@ -48,14 +48,13 @@ def train_stage(session: Session, resume: bool) -> TrainResult:
         console.print(f"new rows: {len(session.codes.new_tokens):,}, shifted by {share:.2f} of their length to match text")
     graphdef, trained, frozen = session.split(decoder)
     dtype, why = compute_dtype(config.model)
-    t = config.train
     console.print(f"devices: {describe_devices(session.mesh)}")
     console.print(f"compute: {dtype.name} ({why}); adapters and optimizer float32; remat {config.model.remat}")
     console.print(f"parameters: {_size(trained):,} trained of {_size(trained) + _size(frozen):,} ({t.method})")
     console.print(
-        f"examples: {len(examples):,} with {int(plan.targets.sum()):,} targets in {int(plan.lengths.sum()):,} tokens; "
-        f"rows of {t.row_length}, {plan.efficiency():.1%} of positions used; "
-        + ", ".join(f"{name} {count:,}" for name, count in builder.counts.items() if "cut" in name or "left" in name)
+        f"examples: {counts['examples']:,} with {int(plan.targets.sum()):,} targets in {int(plan.lengths.sum()):,} tokens; "
+        f"{sharing}; rows of {t.row_length}, {plan.efficiency():.1%} of positions used; "
+        + ", ".join(f"{name} {count:,}" for name, count in counts.items() if "cut" in name or "left" in name)
     )
     console.print(
         f"batch: {t.accumulate} passes x {t.batch_rows} rows x {t.row_length} tokens = "
@@ -74,6 +73,23 @@ def train_stage(session: Session, resume: bool) -> TrainResult:
         f"best validation NDCG@10 {result.best:.4f} at step {result.best_step}"
     )
     return result
+
+
+def training_segments(session: Session) -> tuple[Segments, str]:
+    """The training examples of a run, and a few words on whether prompts are shared."""
+    made = session.prompts.segments(session.dataset.items, session.dataset.training)
+    if session.prompts.format == "stream":
+        return made, "every item of a stream is a target"
+    apart, setting = made.apart(), session.config.train.share_prefixes
+    if setting == "off":
+        return apart, "prompts one by one, as configured"
+    if setting == "auto" and session.config.lora.dropout:
+        return (
+            apart,
+            "prompts one by one, since lora.dropout would draw one noise for a shared beginning",
+        )
+    saved = int(apart.lengths.sum()) / max(int(made.lengths.sum()), 1)
+    return made, f"beginnings shared, {saved:.2f} times as many tokens one by one"
 
 
 def _when(config: TrainConfig, steps: int) -> str:

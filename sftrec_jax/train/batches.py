@@ -2,45 +2,81 @@
 
 import functools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
 
 import grain
 import numpy as np
 
 from sftrec_jax.config import TrainConfig
-from sftrec_jax.data.packing import PackedBatch, pack_rows, packing_efficiency, plan_epoch
-from sftrec_jax.data.prompts import Example
+from sftrec_jax.data.packing import packing_efficiency, plan_epoch
+from sftrec_jax.data.segments import PackedBatch
 from sftrec_jax.errors import UserError
+
+
+@runtime_checkable
+class Packable(Protocol):
+    """What rows are packed from, `Segments` for one."""
+
+    def __len__(self) -> int: ...
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """int64 [n] tokens of each."""
+        ...
+
+    @property
+    def targets(self) -> np.ndarray:
+        """int64 [n] target tokens of each."""
+        ...
+
+    @property
+    def longest(self) -> int:
+        """Target tokens of the largest part that cannot be divided."""
+        ...
+
+    def within(self, tokens: int, targets: int) -> "Packable":
+        """The same in parts that fit a row, where one can be divided."""
+        ...
+
+    def pack(self, rows: list[np.ndarray], row_length: int, targets_per_row: int) -> PackedBatch:
+        """The arrays of rows that hold the parts with these indices."""
+        ...
 
 
 @dataclass(frozen=True, eq=False)
 class BatchPlan:
     """Which rows every step sees. Steps run on over the edges of epochs, so each row of an epoch is seen once."""
 
-    examples: Sequence[Example]
+    examples: Packable
     config: TrainConfig
 
     def __post_init__(self) -> None:
-        if not self.examples:
+        if not len(self.examples):
             raise UserError("no training example is left; lower data.user_core or data.min_rating, or give more interactions")
 
     @functools.cached_property
-    def lengths(self) -> np.ndarray:
-        """int64 [n] tokens of each example."""
-        return np.asarray([len(e.tokens) for e in self.examples], np.int64)
+    def parts(self) -> Packable:
+        """The examples, none larger than a row."""
+        return self.examples.within(self.config.row_length, self.targets_per_row)
 
-    @functools.cached_property
+    @property
+    def lengths(self) -> np.ndarray:
+        """int64 [n] tokens of each part."""
+        return self.parts.lengths
+
+    @property
     def targets(self) -> np.ndarray:
-        """int64 [n] targets of each example."""
-        return np.asarray([len(e.labels) for e in self.examples], np.int64)
+        """int64 [n] target tokens of each part."""
+        return self.parts.targets
 
     @functools.cached_property
     def targets_per_row(self) -> int:
-        """K: room for the targets that a full row has on average and half as many again, at least the longest example."""
-        share = self.targets.sum() / self.lengths.sum()
+        """K: room for the targets that a full row has on average and half as many again, at least the longest target."""
+        share = self.examples.targets.sum() / self.examples.lengths.sum()
         room = math.ceil(min(1.5 * share, 1.0) * self.config.row_length / 8) * 8
-        return int(min(max(room, self.targets.max()), self.config.row_length))
+        return max(room, self.examples.longest)
 
     @functools.lru_cache(maxsize=2)  # noqa: B019  (a plan lives as long as its run)
     def rows(self, epoch: int) -> list[np.ndarray]:
@@ -76,7 +112,7 @@ class BatchPlan:
                 epoch += 1
             rows.append(self.rows(epoch)[index - self._first_row(epoch)])
         c = self.config
-        flat = pack_rows(self.examples, rows, c.row_length, self.targets_per_row)
+        flat = self.parts.pack(rows, c.row_length, self.targets_per_row)
         stacked = {n: v.reshape(c.accumulate, c.batch_rows, -1) for n, v in vars(flat).items()}
         return PackedBatch(**stacked)
 

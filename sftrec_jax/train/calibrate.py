@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from sftrec_jax.data.packing import PackedBatch
+from sftrec_jax.data.segments import PackedBatch
 from sftrec_jax.model.decoder import Decoder
 
 

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from sftrec_jax.data.packing import PackedBatch
+from sftrec_jax.data.segments import PackedBatch
 from sftrec_jax.model.decoder import Decoder
 
 CHUNK_LOGITS = 1 << 27

@@ -9,7 +9,7 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from sftrec_jax.data.packing import PackedBatch
+from sftrec_jax.data.segments import PackedBatch
 from sftrec_jax.errors import UserError
 from sftrec_jax.model.sharding import BATCH, with_arrays
 from sftrec_jax.train.loss import target_loss

@@ -1,0 +1,291 @@
+"""Training examples of all histories as segments of packed rows: which targets share one prompt, and the arrays of any of them.
+
+A segment writes a history once, as its trunk (branch 0), and each target as a branch that sees the trunk up to its fork and
+itself. Where a target's tokens are those with which the trunk goes on, the trunk is its branch. So every target sees the very
+tokens, at the very positions, that it would see alone.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import jax
+import numpy as np
+
+from sftrec_jax.data.windows import Windows, one_by_one, split
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, eq=False)
+class PackedBatch:
+    """Rows of packed examples; B rows, T tokens, K targets a row.
+
+    Padding is segment 0, position 0, branch 0, fork 1; unused targets have position 0, label 0 and weight 0.
+    """
+
+    tokens: np.ndarray
+    """int32 [B, T]"""
+    positions: np.ndarray
+    """int32 [B, T], as if each example stood alone"""
+    segments: np.ndarray
+    """int32 [B, T], 1, 2, ... in a row"""
+    branches: np.ndarray
+    """int32 [B, T], 0 is the trunk"""
+    forks: np.ndarray
+    """int32 [B, T], how much of the trunk a token may see; on the trunk positions + 1"""
+    target_positions: np.ndarray
+    """int32 [B, K], indices into the row"""
+    labels: np.ndarray
+    """int32 [B, K]"""
+    weights: np.ndarray
+    """float32 [B, K]"""
+
+
+@dataclass(frozen=True, eq=False)
+class Example:
+    """One training sequence. The hidden state at `target_positions[j]` predicts `labels[j]`; the last label is not fed."""
+
+    tokens: np.ndarray
+    """int32 [n]"""
+    target_positions: np.ndarray
+    """int32 [m], rising, below n"""
+    labels: np.ndarray
+    """int32 [m]"""
+    weights: np.ndarray
+    """float32 [m]"""
+
+
+@dataclass(frozen=True, eq=False)
+class Pieces:
+    """The token runs that prompts and targets are made of, in one array."""
+
+    tokens: np.ndarray
+    """int32 [P]"""
+    head: slice
+    """Where `tokens` has what stands before the first item,"""
+    separator: slice
+    """what follows each item,"""
+    suffix: slice
+    """and what stands between history and target."""
+    texts: np.ndarray
+    """int64 [n_items + 1]: item i as history is tokens[texts[i]:texts[i + 1]]."""
+    codes: np.ndarray
+    """int64 [n_items + 1]: item i as target is tokens[codes[i]:codes[i + 1]]."""
+    on_trunk: np.ndarray
+    """bool [n_items], whether history and target give the item the same tokens, but for the target's last, which is not fed."""
+
+    @classmethod
+    def of(
+        cls, head: np.ndarray, separator: np.ndarray, suffix: np.ndarray, texts: list[np.ndarray] | None, codes: np.ndarray
+    ) -> "Pieces":
+        """From int32 arrays; `codes` [n_items, L] with -1 after the end. `texts` None: the history is written in codes, too."""
+        code_lengths = (codes >= 0).sum(axis=1)
+        frame = [head, separator, suffix]
+        edges = np.cumsum([0, *map(len, frame)])
+        code_at = edges[3] + np.concatenate([[0], np.cumsum(code_lengths)])
+        runs = [*frame, codes[codes >= 0]]
+        if texts is None:
+            text_at, same = code_at, np.ones(len(codes), bool)
+        else:
+            text_at = code_at[-1] + np.concatenate([[0], np.cumsum([len(t) for t in texts])])
+            runs += texts
+            fed = (code[: length - 1] for code, length in zip(codes, code_lengths, strict=True))
+            same = np.fromiter((_begins(t, f) for t, f in zip(texts, fed, strict=True)), bool, len(codes))
+        head_at, separator_at, suffix_at = (slice(int(a), int(b)) for a, b in zip(edges[:3], edges[1:4], strict=True))
+        tokens = np.concatenate(runs).astype(np.int32)
+        return cls(tokens, head_at, separator_at, suffix_at, text_at, code_at, same & (len(suffix) == 0))
+
+
+def _begins(text: np.ndarray, fed: np.ndarray) -> bool:
+    return len(fed) <= len(text) and bool((text[: len(fed)] == fed).all())
+
+
+@dataclass(frozen=True, eq=False)
+class Segments:
+    """Windows of histories, as tokens."""
+
+    items: np.ndarray
+    """int32 [N], all histories one after the other."""
+    windows: Windows
+    pieces: Pieces
+
+    def __len__(self) -> int:
+        return len(self.windows)
+
+    @cached_property
+    def _sums(self) -> np.ndarray:
+        """int64 [3, N + 1]: tokens that the items before a position take on the trunk, as branches, and as labels."""
+        p = self.pieces
+        texts, codes = np.diff(p.texts)[self.items], np.diff(p.codes)[self.items]
+        branch = np.where(p.on_trunk[self.items], 0, _size(p.suffix) + codes - 1)
+        rows = np.stack([texts + _size(p.separator), branch, codes])
+        return np.concatenate([np.zeros((3, 1), np.int64), np.cumsum(rows, axis=1)], axis=1)
+
+    @cached_property
+    def _fed(self) -> np.ndarray:
+        """int64 [N], tokens of each item as the last target of its segment."""
+        return _size(self.pieces.suffix) + np.diff(self.pieces.codes)[self.items] - 1
+
+    @cached_property
+    def _sizes(self) -> tuple[np.ndarray, np.ndarray, int]:
+        (trunk, branch, labels), w = self._sums, self.windows
+        last = w.end - 1
+        lengths = _size(self.pieces.head) + trunk[last] - trunk[w.begin] + branch[last] - branch[w.first] + self._fed[last]
+        some = np.unique(self.items[_runs(w.first, w.end)[1]])
+        return lengths, labels[w.end] - labels[w.first], int(np.diff(self.pieces.codes)[some].max(initial=0))
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """int64 [n] tokens of each segment."""
+        return self._sizes[0]
+
+    @property
+    def targets(self) -> np.ndarray:
+        """int64 [n] target tokens of each segment."""
+        return self._sizes[1]
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest target."""
+        return self._sizes[2]
+
+    @property
+    def target_items(self) -> np.ndarray:
+        """int64 [n] targets of each segment."""
+        return self.windows.end - self.windows.first
+
+    def within(self, tokens: int, targets: int) -> "Segments":
+        """The same targets in segments that fit a row of so many tokens and target tokens."""
+        if (self.lengths <= tokens).all() and (self.targets <= targets).all():
+            return self
+        trunk, branch, labels = self._sums
+        # Of a window's tokens, this part rises with its end and depends on nothing else.
+        need = np.concatenate([[0], trunk[:-1] + branch[:-1] + self._fed])
+        offset = np.stack([trunk - _size(self.pieces.head), branch])
+        return Segments(self.items, split(self.windows, need, offset, labels, tokens, targets), self.pieces)
+
+    def apart(self) -> "Segments":
+        """The same targets, each with a prompt of its own."""
+        return Segments(self.items, one_by_one(self.windows), self.pieces)
+
+    def pack(self, rows: list[np.ndarray], row_length: int, targets_per_row: int) -> PackedBatch:
+        """The arrays of some rows.
+
+        Args:
+            rows: B arrays of indices of segments; an empty one gives a row of padding.
+            row_length: T.
+            targets_per_row: K.
+
+        Raises: ValueError where a row holds more than its capacities.
+        """
+        chosen = np.concatenate([np.zeros(0, np.int64), *rows]).astype(np.int64)
+        counts = np.asarray([len(row) for row in rows], np.int64)
+        row = np.repeat(np.arange(len(rows)), counts)
+        starts = np.concatenate([[0], np.cumsum(counts)])
+        at, target_at = (_running(x[chosen], starts) for x in (self.lengths, self.targets))
+        used = [np.bincount(row, x[chosen], len(rows)) for x in (self.lengths, self.targets)]
+        over = (used[0] > row_length) | (used[1] > targets_per_row)
+        if over.any():
+            b = int(over.argmax())
+            raise ValueError(
+                f"row {b} needs {used[0][b]:.0f} tokens, {used[1][b]:.0f} targets; it has {row_length}, {targets_per_row}"
+            )
+        number = np.arange(len(chosen)) - starts[:-1][row] + 1
+        shape, target_shape = (len(rows), row_length), (len(rows), targets_per_row)
+        tokens, positions, segments, branches = (np.zeros(shape, np.int32) for _ in range(4))
+        target_positions, labels = (np.zeros(target_shape, np.int32) for _ in range(2))
+        weights = np.zeros(target_shape, np.float32)
+        forks = np.ones(shape, np.int32)
+        out = PackedBatch(tokens, positions, segments, branches, forks, target_positions, labels, weights)
+        self._write(chosen, row * row_length + at, row * targets_per_row + target_at, number, at, out)
+        return out
+
+    def examples(self) -> list[Example]:
+        """Each segment by itself; only for segments without branches, as `apart` gives them, and those of a stream."""
+        batch = self.pack([np.arange(len(self))], int(self.lengths.sum()), int(self.targets.sum()))
+        assert not batch.branches.any()
+        at, target_at = (np.concatenate([[0], np.cumsum(x)]) for x in (self.lengths, self.targets))
+        positions = batch.target_positions[0] - np.repeat(at[:-1], self.targets)
+        return [
+            Example(batch.tokens[0, a:b], positions[c:d].astype(np.int32), batch.labels[0, c:d], batch.weights[0, c:d])
+            for a, b, c, d in zip(at[:-1], at[1:], target_at[:-1], target_at[1:], strict=True)
+        ]
+
+    def _write(
+        self, chosen: np.ndarray, at: np.ndarray, target_at: np.ndarray, number: np.ndarray, row_at: np.ndarray, out: PackedBatch
+    ) -> None:
+        """Writes segments to flat places `at` of `out`, their targets to `target_at`; `row_at`: places in their rows."""
+        p = self.pieces
+        trunk, branch, labels = self._sums
+        begin, first, end = (x[chosen] for x in (self.windows.begin, self.windows.first, self.windows.end))
+        head, separator, suffix = _size(p.head), _size(p.separator), _size(p.suffix)
+        tokens, positions, segments, branches, forks = (
+            x.reshape(-1) for x in (out.tokens, out.positions, out.segments, out.branches, out.forks)
+        )
+
+        def write(segment: np.ndarray, source: np.ndarray, length: np.ndarray, place: np.ndarray, position: np.ndarray,
+                  own: np.ndarray | None = None, fork: np.ndarray | None = None) -> None:  # fmt: skip
+            step = _steps(length)
+            to = np.repeat(at[segment] + place, length) + step
+            tokens[to] = p.tokens[np.repeat(source, length) + step]
+            positions[to] = where = np.repeat(position, length) + step
+            segments[to] = np.repeat(number[segment], length)
+            branches[to] = 0 if own is None else np.repeat(own, length)
+            forks[to] = where + 1 if fork is None else np.repeat(fork, length)
+
+        def constant(like: np.ndarray, value: int) -> np.ndarray:
+            return np.full(len(like), value, np.int64)
+
+        every = np.arange(len(chosen))
+        write(every, constant(every, p.head.start), constant(every, head), constant(every, 0), constant(every, 0))
+        # The history, but for the last target.
+        owner, item_at = _runs(begin, end - 1)
+        items = self.items[item_at]
+        place = head + trunk[item_at] - trunk[begin[owner]]
+        length = np.diff(p.texts)[items]
+        write(owner, p.texts[items], length, place, place)
+        write(owner, constant(owner, p.separator.start), constant(owner, separator), place + length, place + length)
+        # Targets: the last one goes on where the trunk ends, others branch off unless the trunk has their tokens.
+        owner, item_at = _runs(first, end)
+        items = self.items[item_at]
+        code_length = np.diff(p.codes)[items]
+        fork = head + trunk[item_at] - trunk[begin[owner]]
+        last = item_at == end[owner] - 1
+        apart = ~last & ~p.on_trunk[items]
+        trunk_end = head + trunk[end - 1] - trunk[begin] + self._fed[end - 1]
+        place = np.where(apart, trunk_end[owner] + branch[item_at] - branch[first[owner]], fork)
+        for kind, branches_off in ((apart, True), (last, False)):
+            o, to, position = owner[kind], place[kind], fork[kind]
+            tree = (item_at[kind] - first[o] + 1, position) if branches_off else (None, None)
+            write(o, constant(o, p.suffix.start), constant(o, suffix), to, position, *tree)
+            write(o, p.codes[items[kind]], code_length[kind] - 1, to + suffix, position + suffix, *tree)
+        # Labels: the first one is predicted by the token before the target, the others by the target's own tokens.
+        step = _steps(code_length)
+        to = np.repeat(target_at[owner] + labels[item_at] - labels[first[owner]], code_length) + step
+        before = (place if suffix else fork) + suffix - 1
+        at_label = np.where(step == 0, np.repeat(before, code_length), np.repeat(place + suffix - 1, code_length) + step)
+        out.target_positions.reshape(-1)[to] = at_label + np.repeat(row_at[owner], code_length)
+        out.labels.reshape(-1)[to] = p.tokens[np.repeat(p.codes[items], code_length) + step]
+        out.weights.reshape(-1)[to] = 1.0
+
+
+def _size(run: slice) -> int:
+    return run.stop - run.start
+
+
+def _running(sizes: np.ndarray, starts: np.ndarray) -> np.ndarray:
+    """For each entry the sum of those before it in its row; row i is starts[i]:starts[i + 1]."""
+    total = np.concatenate([[0], np.cumsum(sizes)])
+    return total[:-1] - np.repeat(total[starts[:-1]], np.diff(starts))
+
+
+def _steps(lengths: np.ndarray) -> np.ndarray:
+    """0, 1, ..., length - 1 for each length, one after the other."""
+    ends = np.cumsum(lengths)
+    return np.arange(ends[-1] if len(ends) else 0) - np.repeat(ends - lengths, lengths)
+
+
+def _runs(begin: np.ndarray, end: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Owner and position of all positions in begin[i]..end[i] - 1."""
+    counts = end - begin
+    owner = np.repeat(np.arange(len(begin)), counts)
+    return owner, np.repeat(begin, counts) + _steps(counts)
