@@ -86,7 +86,7 @@ def models(folder: Path, codes: ItemCodes, seed: int) -> tuple[Any, Decoder]:
     reference = LlamaForCausalLM(config).eval()
     reference.save_pretrained(folder)
     source = BaseSource(folder=folder, gguf=None, tokenizer=folder, label=str(folder))
-    build = Build(source_architecture(source), None, (), jnp.dtype(jnp.float32), jnp.dtype(jnp.float32), False)
+    build = Build(source_architecture(source), None, (), jnp.dtype(jnp.float32), jnp.dtype(jnp.float32), "none")
     return reference, load_decoder(build, source, codes, make_mesh(MeshConfig()), 0, False)
 
 

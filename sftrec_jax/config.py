@@ -248,8 +248,8 @@ class ModelConfig:
     """Initialise the base at random from its config instead of reading weights."""
     compute_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Type of activations and of frozen weights; `auto`: bfloat16 on TPU and GPU, on CPU what measured faster."""
-    remat: Literal["none", "full"] = "full"
-    """`full`: layers are recomputed in the backward pass (least memory)."""
+    remat: Literal["none", "dots", "full"] = "full"
+    """What the backward pass computes again: nothing (most memory), all but products with weights (`dots`), or whole layers."""
 
 
 @dataclass(frozen=True)

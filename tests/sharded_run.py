@@ -13,11 +13,15 @@ from flax import nnx
 from helpers import FIXTURE, Case, make_case, source_of
 from tiny_training import split, start, stream_plan
 
-from sftrec_jax.config import DecodeConfig, LoraConfig, MeshConfig, TrainConfig
+from sftrec_jax.config import DecodeConfig, LoraConfig, MeshConfig, PromptConfig, TrainConfig
+from sftrec_jax.data.prompts import prompt_builder
+from sftrec_jax.data.windows import Windows
 from sftrec_jax.decode.recommender import Recommender
 from sftrec_jax.errors import UserError
 from sftrec_jax.model.load import TRAINABLE, load_decoder
+from sftrec_jax.model.packed_attention import WHOLE
 from sftrec_jax.model.sharding import make_mesh, named_arrays, with_arrays
+from sftrec_jax.train.batches import BatchPlan
 from sftrec_jax.train.optimizer import make_optimizer
 from sftrec_jax.train.step import init_state
 
@@ -28,6 +32,8 @@ MESHES = {
     "all": MeshConfig(data=2, fsdp=2, tensor=2),
 }
 CONFIG = TrainConfig(row_length=24, batch_rows=8, epochs=50.0)
+LONG = TrainConfig(row_length=80, batch_rows=8)
+SHARED = PromptConfig("instruct", history="tokens", prefix="Once", separator=",", suffix="then")
 # Linear in the gradient, so that a bound on gradients bounds parameters; AdamW makes a full step of rounding where a gradient
 # is near 0. Its moments are placed by the same function, which is asked apart.
 SGD = optax.chain(optax.clip_by_global_norm(1.0), optax.sgd(1.0, momentum=0.9))
@@ -75,6 +81,16 @@ def run(case: Case, name: str, config: MeshConfig) -> tuple[dict[str, Any], dict
     facts["compiled"] = going.step._cache_size()
     facts["shards"] = len({s.device for s in going.state.trained["layers/q_proj/lora_a"].addressable_shards})
     arrays |= {f"before/{n}": v for n, v in moved.items()} | {f"after/{n}": v for n, v in going.arrays.items()}
+    # Prompts that are shared, in rows long enough for attention in blocks.
+    builder = prompt_builder(SHARED, case.codes, case.tokenizer, LONG.row_length)
+    histories = np.arange(0, 120, 6)
+    items = np.random.default_rng(4).integers(0, 7, 120).astype(np.int32)
+    segments = builder.segments(items, Windows(histories, histories, histories + 6))
+    going = start(split(here), SGD, mesh=mesh)
+    batch = BatchPlan(segments, LONG).batch(0)
+    assert batch.branches.any() and batch.tokens.shape[-1] > WHOLE
+    arrays |= {f"shared/{n}": np.float64(v) for n, v in going.take(batch).items()}
+    arrays |= {f"shared gradient/{n}": np.asarray(v) for n, v in kept(going.state.optimizer, "trace").items()}
     rng = np.random.default_rng(3)
     prompts = [np.concatenate([[1], rng.choice(case.codes.codes[:, 0], n)]).astype(np.int32) for n in rng.integers(0, 9, 11)]
     recommender = Recommender(here.decoder, case.codes, DecodeConfig(top_k=5, beam=5, batch_users=8), mesh)

@@ -58,7 +58,7 @@ def model_pair(folder: Path, codes: ItemCodes, tied: bool) -> tuple[LlamaForCaus
     reference.save_pretrained(folder)
     source = BaseSource(folder=folder, gguf=None, tokenizer=folder, label=str(folder))
     row_ids = tuple(codes.new_token_ids.tolist())
-    build = Build(source_architecture(source), None, row_ids, jnp.dtype(jnp.float32), jnp.dtype(jnp.float32), True)
+    build = Build(source_architecture(source), None, row_ids, jnp.dtype(jnp.float32), jnp.dtype(jnp.float32), "full")
     decoder = load_decoder(build, source, codes, make_mesh(MeshConfig()), 0, False)
     if row_ids:
         reference.resize_token_embeddings(max(VOCAB, row_ids[-1] + 1), mean_resizing=False)

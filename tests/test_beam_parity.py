@@ -72,7 +72,7 @@ class Pair:
 def load_ours(folder: Path, codes: ItemCodes, adapters: AdapterSpec | None) -> Decoder:
     source = BaseSource(folder=folder, gguf=None, tokenizer=folder, label=str(folder))
     float32 = jnp.dtype(jnp.float32)
-    build = Build(source_architecture(source), adapters, tuple(codes.new_token_ids.tolist()), float32, float32, False)
+    build = Build(source_architecture(source), adapters, tuple(codes.new_token_ids.tolist()), float32, float32, "none")
     return load_decoder(build, source, codes, make_mesh(MeshConfig()), 0, False)
 
 

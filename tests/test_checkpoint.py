@@ -18,6 +18,7 @@ from sftrec_jax.errors import UserError
 from sftrec_jax.model.sharding import with_arrays
 from sftrec_jax.train.checkpoint import Checkpoints
 from sftrec_jax.train.loop import TrainResult, train
+from sftrec_jax.train.meter import Meter
 from sftrec_jax.train.optimizer import make_optimizer
 from sftrec_jax.train.step import TrainState, init_state
 
@@ -120,19 +121,25 @@ def validation(stop_at: int | None = None) -> Callable[[dict[str, jax.Array]], d
     return validate
 
 
+def meter(parts: Parts, config: TrainConfig) -> Meter:
+    build = parts.case.build
+    return Meter(build.arch, build.adapters, config.method, len(build.row_ids), jnp.float32)
+
+
 def go(parts: Parts, folder: Path, resume: bool, stop_at: int | None = None, config: TrainConfig = CONFIG) -> TrainResult:
     folder.mkdir(exist_ok=True)
     plan = stream_plan(parts.case, config)
     return train(
         parts.graphdef, with_arrays(parts.trained, parts.arrays), parts.frozen, plan, True, one_device(), folder,
-        validation(stop_at), resume,
+        validation(stop_at), meter(parts, config), resume,
     )  # fmt: skip
 
 
 def records(folder: Path) -> list[dict[str, Any]]:
     """What `metrics.jsonl` says, times left out."""
     lines = [json.loads(line) for line in read_lines(folder / "metrics.jsonl")]
-    return [{k: v for k, v in line.items() if k != "seconds" and not k.endswith("tokens_per_s")} for line in lines]
+    timed = {"seconds", "tokens_per_s", "target_tokens_per_s", "examples_per_s", "mfu", "loader_wait_s"}
+    return [{k: v for k, v in line.items() if k not in timed} for line in lines]
 
 
 def last_state(parts: Parts, folder: Path, step: int) -> TrainState:

@@ -96,7 +96,7 @@ def test_old_rope_layout_is_read(tmp_path: Path) -> None:
 
 def check_against(reference: LlamaForCausalLM, source: BaseSource) -> None:
     arch = source_architecture(source)
-    build = Build(arch, None, (), jnp.dtype(jnp.float32), jnp.dtype(jnp.float32), True)
+    build = Build(arch, None, (), jnp.dtype(jnp.float32), jnp.dtype(jnp.float32), "full")
     decoder = load_decoder(build, source, no_codes(), make_mesh(MeshConfig()), 0, False)
     batch = packed([[7, 11, 3], [20], [1, 2]], 24, arch.vocab_size)
     ours = np.asarray(jax.jit(lambda b: decoder.logits(decoder.packed_hidden(b)))(batch))

@@ -155,11 +155,12 @@ def with_flags(parts: Parts, **flags: object) -> Parts:
     return split(dataclasses.replace(parts.case, decoder=decoder))
 
 
-def test_remat_changes_nothing(parts: Parts) -> None:
+@pytest.mark.parametrize("remat", ["none", "dots"])
+def test_remat_changes_nothing(parts: Parts, remat: str) -> None:
     batch = packed_rows(some_examples(parts.case, "stream"))
-    assert parts.case.decoder.remat
+    assert parts.case.decoder.remat == "full"
     loss, gradient = loss_and_gradient(parts, batch)
-    kept_loss, kept_gradient = loss_and_gradient(with_flags(parts, remat=False), batch)
+    kept_loss, kept_gradient = loss_and_gradient(with_flags(parts, remat=remat), batch)
     np.testing.assert_allclose(loss, kept_loss, rtol=1e-6)
     assert_close(gradient, kept_gradient, 1e-5)  # what is computed again is fused, and so rounded, in another way
 

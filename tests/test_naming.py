@@ -207,6 +207,7 @@ def recommended(run: Path, k: int, capsys: pytest.CaptureFixture[str]) -> pl.Dat
     return pl.read_ndjson(to)
 
 
+@pytest.mark.slow
 def test_new_items_are_named_without_training(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = write_inputs(tmp_path)
     run = tmp_path / "run"

@@ -256,6 +256,7 @@ _EVENT = "/jax/core/compile/backend_compile_duration"
 monitoring.register_event_duration_secs_listener(lambda event, _, **names: event == _EVENT and COMPILED.append(names["fun_name"]))
 
 
+@pytest.mark.slow
 def test_requests_and_catalogues_compile_nothing(
     pair: Pair, known: list[dict[tuple[int, ...], float]], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -62,6 +62,17 @@ def test_loss_gradients_and_parameters_equal_one_device(results: Results, mesh: 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("mesh", MANY)
+def test_shared_prompts_equal_one_device(results: Results, mesh: str) -> None:
+    one, many = results["one"][0], results[mesh][0]
+    for name, value in part(one, "shared/").items():
+        np.testing.assert_allclose(many[f"shared/{name}"], value, rtol=1e-5)
+    gradient = {name: value for name, value in part(one, "shared gradient/").items() if np.abs(value).max() > 0}
+    assert len(gradient) > 10
+    assert_close({name: part(many, "shared gradient/")[name] for name in gradient}, gradient, 1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", MANY)
 def test_a_seed_gives_the_same_start_on_every_mesh(results: Results, mesh: str) -> None:
     for name, value in part(results["one"][0], "initial/").items():
         np.testing.assert_array_equal(results[mesh][0][f"initial/{name}"], value)

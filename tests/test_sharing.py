@@ -18,7 +18,7 @@ from sftrec_jax.data.segments import PackedBatch, Segments
 from sftrec_jax.data.windows import Windows
 from sftrec_jax.items.codes import ItemCodes
 from sftrec_jax.items.naming import title_codes
-from sftrec_jax.model import decoder as decoder_module
+from sftrec_jax.model import packed_attention
 from sftrec_jax.model.attention import packed_mask
 from sftrec_jax.model.sharding import named_arrays
 from sftrec_jax.train.loss import target_loss
@@ -77,7 +77,7 @@ def moved(gradient: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     return {name: value for name, value in gradient.items() if np.abs(value).max() > 0}
 
 
-@pytest.mark.parametrize("limits", LIMITS)
+@pytest.mark.parametrize("limits", ["strided", *(pytest.param(name, marks=pytest.mark.slow) for name in ("exact", "whole"))])
 @pytest.mark.parametrize("frame", FRAMES)
 @pytest.mark.parametrize(
     ("coding", "history"), [("titles", "titles"), ("atomic", "tokens"), ("atomic", "titles"), ("semantic", "tokens")]
@@ -122,13 +122,13 @@ RULES = list(planted(*(jnp.zeros((1, 1), jnp.int32) for _ in range(4))))
 
 @pytest.fixture(scope="module")
 def broken(parts: Parts) -> Callable[[PackedBatch, str], tuple[float, dict[str, np.ndarray]]]:
-    """Loss and gradients with a rule of `planted`; compiled once for all rules."""
+    """Loss and gradients with a rule of `planted`, by the whole mask; compiled once for all rules."""
 
     def loss(trained: nnx.State, batch: PackedBatch, rule: jax.Array) -> jax.Array:
         def mask(*tree: jax.Array) -> jax.Array:
             return jnp.stack(list(planted(*tree).values()))[rule]
 
-        with patch.object(decoder_module, "packed_mask", mask):
+        with patch.object(packed_attention, "packed_mask", mask), patch.object(packed_attention, "WHOLE", LENGTH):
             return target_loss(nnx.merge(parts.graphdef, trained, parts.frozen), batch)
 
     compiled = jax.jit(jax.value_and_grad(loss))

@@ -83,6 +83,10 @@ class ExampleList:
         return np.asarray([len(e.labels) for e in self.examples], np.int64)
 
     @property
+    def target_items(self) -> np.ndarray:
+        return np.ones(len(self.examples), np.int64)
+
+    @property
     def longest(self) -> int:
         return int(self.targets.max(initial=0))
 

@@ -3,7 +3,7 @@
 Axes: B batch, T tokens, P prompt, W beams, L tail, N heads, K kv-heads, H head-dim.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import reduce
 
 import jax
@@ -20,10 +20,15 @@ def packed_mask(
     q's fork, or both stand on the same branch and k is not after q. With branches 0 and forks = positions + 1 this is
     causal attention inside each segment. Padding is segment 0 and attends to padding only.
     """
-    same_segment = segments[:, :, None] == segments[:, None, :]
-    trunk = (branches[:, None, :] == 0) & (positions[:, None, :] < forks[:, :, None])
-    own_branch = (branches[:, :, None] == branches[:, None, :]) & (positions[:, None, :] <= positions[:, :, None])
-    return same_segment & (trunk | own_branch)
+    marks = positions, segments, branches, forks
+    return visible([x[:, :, None] for x in marks], [x[:, None, :] for x in marks])
+
+
+def visible(query: Sequence[Array], key: Sequence[Array]) -> Array:
+    """The rule of `packed_mask`: positions, segments, branches and forks of queries and of keys, that broadcast to pairs."""
+    trunk = (key[2] == 0) & (key[0] < query[3])
+    own_branch = (query[2] == key[2]) & (key[0] <= query[0])
+    return (query[1] == key[1]) & (trunk | own_branch)
 
 
 def attend(

@@ -1,19 +1,23 @@
 """The causal language model: token table, a scanned stack of Llama layers, head."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from sftrec_jax.model.architecture import Architecture
-from sftrec_jax.model.attention import attend, packed_mask
 from sftrec_jax.model.layers import AdapterSpec, Linear, RMSNorm, TokenTable, apply_rope, rope_tables
+from sftrec_jax.model.packed_attention import packed_attention
 
 # (query, key, value, one layer's cache) -> (attention output, the layer's new cache or output)
 Attend = Callable[[Array, Array, Array, Any], tuple[Array, Any]]
+
+Remat = Literal["none", "dots", "full"]
+"""What the backward pass computes again: nothing, all but the products with kernels, or the whole layer."""
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -72,11 +76,12 @@ class Decoder(nnx.Module):
         adapters: AdapterSpec | None,
         row_ids: tuple[int, ...],
         dtype: Any,
-        remat: bool,
+        remat: Remat,
         key: Array,
+        mesh: Mesh | None = None,
     ):
         table_key, layers_key, head_key = jax.random.split(key, 3)
-        self.arch, self.dtype, self.remat = arch, jnp.dtype(dtype), remat
+        self.arch, self.dtype, self.remat, self.mesh = arch, jnp.dtype(dtype), remat, mesh
         self.embed_tokens = TokenTable(arch.vocab_size, arch.hidden_size, row_ids, table_key)
         self.layers = Layers(arch, adapters, layers_key)
         self.norm = RMSNorm((arch.hidden_size,), arch.rms_eps)
@@ -104,8 +109,10 @@ class Decoder(nnx.Module):
             layer_state, cache, key = scanned
             return nnx.merge(graphdef, layer_state)(x, rope, attend, cache, key)
 
-        if self.remat:
-            body = jax.checkpoint(body)
+        if self.remat != "none":
+            # Kernels' products have no batch axes, those of attention have.
+            kept = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if self.remat == "dots" else None
+            body = jax.checkpoint(body, policy=kept)
         x, caches = jax.lax.scan(body, x, (state, caches, keys), length=self.arch.layers)
         return self.norm(x), caches
 
@@ -144,10 +151,12 @@ class Decoder(nnx.Module):
 
     def packed_hidden(self, batch: Any, dropout_key: Array | None = None) -> Float[Array, "B T D"]:
         """Final hidden states of packed rows; `batch` has tokens, positions, segments, branches, forks [B, T]."""
-        mask = packed_mask(batch.positions, batch.segments, batch.branches, batch.forks)
+        attention = packed_attention(
+            (batch.positions, batch.segments, batch.branches, batch.forks), self.mesh, self.arch.kv_heads
+        )
 
         def masked(query: Array, key: Array, value: Array, cache: None) -> tuple[Array, None]:
-            return attend(query, key, value, mask), None
+            return attention(query, key, value), None
 
         return self.hidden(batch.tokens, batch.positions, masked, dropout_key=dropout_key)[0]
 

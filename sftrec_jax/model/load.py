@@ -13,7 +13,7 @@ from sftrec_jax.config import LoraConfig, ModelConfig, TrainConfig
 from sftrec_jax.errors import UserError
 from sftrec_jax.items.codes import ItemCodes
 from sftrec_jax.model.architecture import Architecture, parse_architecture, read_architecture
-from sftrec_jax.model.decoder import PROJECTIONS, Decoder
+from sftrec_jax.model.decoder import PROJECTIONS, Decoder, Remat
 from sftrec_jax.model.gguf_file import read_gguf
 from sftrec_jax.model.hub import BaseSource
 from sftrec_jax.model.layers import AdapterSpec, LoRAParam, TokenRows
@@ -65,11 +65,11 @@ class Build:
     row_ids: tuple[int, ...]
     dtype: Any
     param_dtype: Any
-    remat: bool
+    remat: Remat
 
-    def decoder(self, key: jax.Array) -> Decoder:
-        """A randomly initialised decoder (trace it with `nnx.eval_shape` for shapes only)."""
-        return Decoder(self.arch, self.adapters, self.row_ids, self.dtype, self.remat, key)
+    def decoder(self, key: jax.Array, mesh: Mesh | None = None) -> Decoder:
+        """A randomly initialised decoder for a mesh (trace it with `nnx.eval_shape` for shapes only)."""
+        return Decoder(self.arch, self.adapters, self.row_ids, self.dtype, self.remat, key, mesh)
 
 
 def make_build(model: ModelConfig, lora: LoraConfig, train: TrainConfig, arch: Architecture, codes: ItemCodes) -> Build:
@@ -86,7 +86,7 @@ def make_build(model: ModelConfig, lora: LoraConfig, train: TrainConfig, arch: A
     dtype, _ = compute_dtype(model)
     adapters = adapter_spec(lora) if train.method == "lora" else None
     frozen = jnp.dtype(jnp.float32) if train.method == "full" else dtype
-    return Build(arch, adapters, tuple(int(i) for i in codes.new_token_ids), dtype, frozen, model.remat == "full")
+    return Build(arch, adapters, tuple(int(i) for i in codes.new_token_ids), dtype, frozen, model.remat)
 
 
 def initial_rows(table: np.ndarray, codes: ItemCodes, vectors: np.ndarray | None) -> np.ndarray:
@@ -124,7 +124,7 @@ def load_decoder(
     Adapters start at the identity (B = 0). With `from_scratch` the base is random, drawn by `seed`. `vectors`: see
     `initial_rows`.
     """
-    abstract = nnx.eval_shape(lambda: build.decoder(jax.random.key(0)))
+    abstract = nnx.eval_shape(lambda: build.decoder(jax.random.key(0), mesh))
     graphdef, abstract_state = nnx.split(abstract)
     names = {path_name(path): leaf for path, leaf in nnx.to_flat_state(abstract_state)}
     shardings = {name: sharding_for(name, leaf.get_value().shape, mesh) for name, leaf in names.items()}

@@ -26,6 +26,7 @@ from sftrec_jax.run.session import Session, describe_devices, recommender
 from sftrec_jax.train.batches import BatchPlan
 from sftrec_jax.train.calibrate import calibrate
 from sftrec_jax.train.loop import TrainResult, train
+from sftrec_jax.train.meter import Meter
 from sftrec_jax.train.optimizer import rows_only_steps
 
 CARD_METRICS = ("recall@5", "recall@10", "ndcg@5", "ndcg@10", "mrr")
@@ -64,14 +65,17 @@ def train_stage(session: Session, resume: bool) -> TrainResult:
         console.print(_when(t, plan.steps))
     console.print(f"files: {session.folder.path}")
     validator = _Validator(session, decoder)
+    build = session.build
+    meter = Meter(build.arch, build.adapters, t.method, len(build.row_ids), dtype, session.mesh.size)
     result = train(
         graphdef, trained, frozen, plan, config.lora.dropout > 0, session.mesh, session.folder.path,
-        lambda arrays: validator(nnx.merge(graphdef, with_arrays(trained, arrays), frozen)), resume,
+        lambda arrays: validator(nnx.merge(graphdef, with_arrays(trained, arrays), frozen)), meter, resume,
     )  # fmt: skip
     console.print(
         f"trained {result.step} steps in {result.seconds / 60:.1f} min ({result.seconds_validating / 60:.1f} validating); "
         f"best validation NDCG@10 {result.best:.4f} at step {result.best_step}"
     )
+    console.print(f"speed: {meter.describe()}")
     return result
 
 

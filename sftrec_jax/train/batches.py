@@ -10,7 +10,7 @@ import grain
 import numpy as np
 
 from sftrec_jax.config import TrainConfig
-from sftrec_jax.data.packing import packing_efficiency, plan_epoch
+from sftrec_jax.data.plan import Plan, plan_epoch
 from sftrec_jax.data.segments import PackedBatch
 from sftrec_jax.errors import UserError
 
@@ -29,6 +29,11 @@ class Packable(Protocol):
     @property
     def targets(self) -> np.ndarray:
         """int64 [n] target tokens of each."""
+        ...
+
+    @property
+    def target_items(self) -> np.ndarray:
+        """int64 [n] items that are targets, in each."""
         ...
 
     @property
@@ -79,8 +84,8 @@ class BatchPlan:
         return max(room, self.examples.longest)
 
     @functools.lru_cache(maxsize=2)  # noqa: B019  (a plan lives as long as its run)
-    def rows(self, epoch: int) -> list[np.ndarray]:
-        """Rows (arrays of example indices) of an epoch."""
+    def rows(self, epoch: int) -> Plan:
+        """Rows (arrays of indices of `parts`) of an epoch."""
         c = self.config
         return plan_epoch(self.lengths, self.targets, c.row_length, self.targets_per_row, c.seed, epoch)
 
@@ -97,22 +102,29 @@ class BatchPlan:
 
     def efficiency(self) -> float:
         """Share of row positions of the first epoch that are not padding."""
-        return packing_efficiency(self.lengths, self.rows(0), self.config.row_length)
+        return float(self.lengths.sum()) / (len(self.rows(0)) * self.config.row_length)
 
     @functools.lru_cache(maxsize=8)  # noqa: B019
     def _first_row(self, epoch: int) -> int:
         return 0 if epoch == 0 else self._first_row(epoch - 1) + len(self.rows(epoch - 1))
 
-    def batch(self, step: int) -> PackedBatch:
-        """Arrays [A, B, ...] of one optimizer step (counted from 0)."""
+    def _rows_of(self, step: int) -> list[np.ndarray]:
         rows: list[np.ndarray] = []
         epoch = 0
         for index in range(step * self.rows_per_step, (step + 1) * self.rows_per_step):
             while index >= self._first_row(epoch) + len(self.rows(epoch)):
                 epoch += 1
             rows.append(self.rows(epoch)[index - self._first_row(epoch)])
+        return rows
+
+    def items(self, step: int) -> int:
+        """Targets of one optimizer step (counted from 0), an item as one."""
+        return int(self.parts.target_items[np.concatenate(self._rows_of(step))].sum())
+
+    def batch(self, step: int) -> PackedBatch:
+        """Arrays [A, B, ...] of one optimizer step (counted from 0)."""
         c = self.config
-        flat = self.parts.pack(rows, c.row_length, self.targets_per_row)
+        flat = self.parts.pack(self._rows_of(step), c.row_length, self.targets_per_row)
         stacked = {n: v.reshape(c.accumulate, c.batch_rows, -1) for n, v in vars(flat).items()}
         return PackedBatch(**stacked)
 

@@ -18,6 +18,7 @@ from sftrec_jax.errors import UserError
 from sftrec_jax.model.sharding import named_arrays
 from sftrec_jax.train.batches import BatchPlan
 from sftrec_jax.train.checkpoint import BEST_METRIC, Checkpoints
+from sftrec_jax.train.meter import Meter
 from sftrec_jax.train.metrics import JsonLines, TrainProgress
 from sftrec_jax.train.optimizer import is_rows, learning_rates, make_optimizer, rows_only_steps
 from sftrec_jax.train.step import TrainState, init_state, make_train_step, shard_batches
@@ -48,13 +49,14 @@ def train(
     mesh: Mesh,
     folder: Path,
     validate: Validate,
+    meter: Meter,
     resume: bool,
 ) -> TrainResult:
     """Trains to `plan.steps` and keeps checkpoints in `folder/checkpoints`, records in `folder/metrics.jsonl`.
 
     `validate` takes the trained arrays by name and returns ranking metrics, `ndcg@10` among them. With `resume` it goes on
     from the newest checkpoint, or begins where there is none. With `train.rows_first` the first steps train new token rows
-    only; the state is one throughout, so a run is resumed on either side of the switch.
+    only; the state is one throughout, so a run is resumed on either side of the switch. `meter` counts what is done.
     """
     config, steps = plan.config, plan.steps
     optimizer = make_optimizer(config, steps)
@@ -78,7 +80,7 @@ def train(
     every = config.validate_every or max(1, -(-steps // 4))
     begin, validating, totals = time.monotonic(), 0.0, np.zeros(2)
 
-    def note(step: int, metrics: dict[str, jax.Array], since: float, progress: TrainProgress) -> float:
+    def note(step: int, metrics: dict[str, jax.Array], waited: float, since: float, progress: TrainProgress) -> float:
         values = {name: float(value) for name, value in jax.device_get(metrics).items()}
         if not np.isfinite(values["loss"]):
             raise UserError(
@@ -88,9 +90,10 @@ def train(
         now = time.monotonic()
         seconds = max(now - since, 1e-9)
         totals[:] += (values["tokens"], values["targets"])
+        steady = step not in (first + 1, rows_until + 1)  # which compiled
+        examples = plan.items(step - 1)
         record = values | {
-            "tokens_per_s": values["tokens"] / seconds,
-            "target_tokens_per_s": values["targets"] / seconds,
+            **meter.step(values, examples, seconds, waited, step <= rows_until, steady),
             **{name: float(each[step - 1]) for name, each in rates.items()},
             "seconds": round(now - begin, 3),
         }
@@ -100,15 +103,18 @@ def train(
 
     # Closed on any way out, so that a run that stops half-way leaves whole checkpoints.
     with closing(checkpoints), closing(records), TrainProgress(steps, first) as progress:
-        pending: tuple[int, Any] | None = None
+        pending: tuple[int, Any, float] | None = None
         batches = plan.iterate(first)
         noted = time.monotonic()
         for step in range(first + 1, steps + 1):
             step_fn = step_rows if step <= rows_until else step_all
-            state, metrics = step_fn(state, frozen, shard_batches(next(batches), mesh))
+            asked = time.monotonic()
+            batch = next(batches)
+            waited = time.monotonic() - asked
+            state, metrics = step_fn(state, frozen, shard_batches(batch, mesh))
             if pending:  # the numbers of a step are fetched after the next one has been launched
                 noted = note(*pending, noted, progress)
-            pending = (step, metrics)
+            pending = (step, metrics, waited)
             if step % every == 0 or step == steps:
                 noted = note(*pending, noted, progress)
                 pending = None

@@ -57,8 +57,8 @@ class TrainProgress:
     def update(self, step: int, record: dict[str, float]) -> None:
         """Shows the numbers of a finished step (counted from 1)."""
         text = (
-            f"loss {record['loss']:.3f}  {record['tokens_per_s']:,.0f} tokens/s  "
-            f"{record['target_tokens_per_s']:,.0f} target tokens/s"
+            f"loss {record['loss']:.3f}  {record['tokens_per_s']:,.0f} tokens/s  {record['examples_per_s']:,.1f} targets/s "
+            f"({record['target_tokens_per_s']:,.0f} tokens)  MFU {record['mfu']:.1%}"
         )
         self._bar.update(self._task, completed=step, text=text)
         now = time.monotonic()

@@ -52,7 +52,8 @@ def make_train_step(
 
     `batches` holds arrays [A, B, ...]: A passes whose gradients are added before one update. The loss is normalised
     over all target tokens of the A passes, so passes of unequal size weigh by their tokens. Metrics, float32 scalars:
-    `loss` (nats a target token), `grad_norm` (before clipping), `targets`, `tokens` (without padding).
+    `loss` (nats a target token), `grad_norm` (before clipping), `targets`, `tokens` (without padding), `pairs` (tokens and those
+    that each of them sees).
     """
 
     def step(state: TrainState, frozen: nnx.State, batches: PackedBatch) -> tuple[TrainState, dict[str, jax.Array]]:
@@ -87,6 +88,8 @@ def make_train_step(
             "grad_norm": optax.tree.norm(gradient),
             "targets": targets,
             "tokens": jnp.sum(batches.segments > 0).astype(jnp.float32),
+            # A token sees as many as it would see alone, that is its position and itself.
+            "pairs": jnp.sum(jnp.where(batches.segments > 0, batches.positions + 1, 0), dtype=jnp.float32),
         }
         return TrainState(state.step + 1, trained, optimizer_state), metrics
 

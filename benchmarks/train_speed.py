@@ -1,0 +1,310 @@
+"""Training speed: TRL's SFTTrainer with PEFT on torch against this package, without and with shared prompts, on the same CPU.
+
+    python benchmarks/train_speed.py --quick          # about 8 minutes; without --quick all three rows, about 40
+
+SmolLM2-135M, LoRA of rank 16 on all linear projections, AdamW, no gradient checkpointing. Examples are training targets of
+Amazon Beauty (`$SFTREC_DATA`): prompt and answer are titles, tokenised piece by piece; all three get the same token ids, and as
+many examples a step (ours as near as whole rows allow). The sample is users evenly spaced by the length of their history whose
+token ratio is within 5 % of that of the whole data. In each repetition the three train once over the sample, in turns; the first
+pass of each is left out.
+
+Rows: `windows of 26 to 50 items, no text after the history`; `the same with 9 tokens after it`; `exactly the last 20 items, no
+text after`. TRL runs in the fastest of float32 and bfloat16, padded in batches of like lengths and padding-free, whose loss is
+right; all of them are printed.
+
+The last line is one JSON object, of the first row: `examples_per_s_trl`, `ratio_plain` and `ratio_shared` (our examples a second
+over TRL's, without and with sharing; medians over the repetitions), `token_ratio` (tokens of the whole data one by one over those
+shared), `loss_gap` (largest difference of the three first losses, nats a target token), `goal_shared` (0.85 x token_ratio x
+ratio_plain), `rows`, `device`, `versions`.
+"""
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+from trl_side import IGNORED, TrlSide, write_base
+
+from sftrec_jax.config import DataConfig, LoraConfig, MeshConfig, ModelConfig, PromptConfig, TrainConfig
+from sftrec_jax.data.dataset import Dataset
+from sftrec_jax.data.known import data_root
+from sftrec_jax.data.prepare import prepare_dataset
+from sftrec_jax.data.prompts import PromptBuilder, prompt_builder
+from sftrec_jax.data.segments import Example, Segments
+from sftrec_jax.data.windows import Windows
+from sftrec_jax.errors import UserError
+from sftrec_jax.items.codes import ItemCodes
+from sftrec_jax.items.naming import title_codes
+from sftrec_jax.items.titles import distinct_titles
+from sftrec_jax.model.hub import load_tokenizer, resolve_base
+from sftrec_jax.model.load import compute_dtype, load_decoder, make_build, source_architecture, trainable_filter
+from sftrec_jax.model.sharding import make_mesh, named_arrays
+from sftrec_jax.train.batches import BatchPlan
+from sftrec_jax.train.loss import target_loss
+from sftrec_jax.train.optimizer import make_optimizer
+from sftrec_jax.train.step import init_state, make_train_step, shard_batches
+
+PROMPTS = {
+    "windows of 26 to 50 items, no text after the history": PromptConfig("instruct", 50, prefix="", suffix="", stride=25),
+    "the same with 9 tokens after it": PromptConfig(
+        "instruct", 50, prefix="", suffix="The next item that they will take:\n", stride=25
+    ),
+    "exactly the last 20 items, no text after": PromptConfig("instruct", 20, prefix="", suffix=""),
+}
+CONTEXT = 8192
+"""The model's, which no example of 50 titles reaches."""
+BATCH = 32
+"""Examples an optimizer step."""
+LONGEST_ROW = 2048
+"""Row lengths up to this are tried."""
+TOLERANCE = 0.05
+"""The sample's token ratio is that of the whole data within this share."""
+PAUSE = 0.3
+"""Seconds between the sides: idle OpenMP threads of torch spin for a while and would take a core from the next."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Some users' examples."""
+
+    shared: Segments
+    token_ratio: float
+    whole_ratio: float
+    first: int
+    """Leading segments whose targets make up the first step of TRL."""
+
+    @property
+    def examples(self) -> int:
+        return int(self.shared.target_items.sum())
+
+
+def beauty() -> Dataset:
+    """Histories in file order, titles; UserError where the data is not there."""
+    folder = data_root() / "amazon-beauty"
+    files = {"source": str(folder / "sequences.txt.gz"), "catalogue": str(folder / "items.jsonl.gz")}
+    return prepare_dataset(DataConfig(**files, time_column=None))
+
+
+def ratio(segments: Segments) -> float:
+    """Tokens one by one over tokens shared."""
+    return float(segments.apart().lengths.sum() / segments.lengths.sum())
+
+
+def draw(builder: PromptBuilder, dataset: Dataset, examples: int) -> Sample:
+    """Users evenly spaced by history length, so many that they have `examples` targets; those of the first step lead."""
+    whole = builder.segments(dataset.items, dataset.training)
+    histories = dataset.training
+    targets = histories.end - histories.first - 1
+    able = np.flatnonzero(targets > 0)
+    able = able[np.argsort(targets[able], kind="stable")]
+    whole_ratio = ratio(whole)
+    for count in range(max(2, int(examples / targets[able].mean()) + 8), 1, -1):
+        for shift in np.linspace(0, 1, 101)[:-1]:
+            users = able[((np.arange(count) + shift) * len(able) / count).astype(int)]
+            if targets[users].sum() != examples:
+                continue
+            users, first = lead(users, targets[users], BATCH)
+            if not first:
+                continue
+            chosen = Windows(*(x[users] for x in (histories.begin, histories.first, histories.end)))
+            # Histories as a data set of their own, in this order.
+            items = np.concatenate([dataset.items[a:b] for a, b in zip(chosen.begin, chosen.end, strict=True)])
+            edges = np.concatenate([[0], np.cumsum(chosen.end - chosen.begin)])
+            shared = builder.segments(items, Windows(edges[:-1], edges[:-1], edges[1:]))
+            leading = int(np.searchsorted(shared.windows.first, edges[first]))
+            if abs(ratio(shared) / whole_ratio - 1) < TOLERANCE and shared.target_items[:leading].sum() == BATCH:
+                return Sample(shared, ratio(shared), whole_ratio, leading)
+    raise UserError(f"no {examples} examples of evenly spaced users have the token ratio of the whole; take another number")
+
+
+def lead(users: np.ndarray, targets: np.ndarray, wanted: int) -> tuple[np.ndarray, int]:
+    """The users with those in front whose targets add up to `wanted`, and how many these are (0: none do)."""
+    ways: dict[int, list[int]] = {0: []}
+    for at, count in enumerate(targets.tolist()):
+        for total, members in list(ways.items()):
+            ways.setdefault(total + count, [*members, at])
+    found = ways.get(wanted, [])
+    rest = [at for at in range(len(users)) if at not in found]
+    return users[[*found, *rest]], len(found)
+
+
+class OurSide:
+    """The package's training step over segments, `BATCH` examples a step on average, in rows as long as makes them fullest."""
+
+    def __init__(self, segments: Segments, steps: int, codes: ItemCodes):
+        self.segments, self.steps = segments, steps
+        plans = [BatchPlan(segments, TrainConfig(row_length=length)) for length in row_lengths(segments)]
+        fullest = max((p for p in plans if len(p.rows(0)) % steps == 0), key=lambda p: p.efficiency())
+        config = TrainConfig(
+            row_length=fullest.config.row_length, batch_rows=1, accumulate=len(fullest.rows(0)) // steps, learning_rate=1e-4
+        )
+        self.plan = BatchPlan(segments, config)
+        model = ModelConfig(base="smollm2-135m", remat="none")
+        source, self.mesh = resolve_base(model.base), make_mesh(MeshConfig())
+        build = make_build(model, LoraConfig(), config, source_architecture(source), codes)
+        decoder = load_decoder(build, source, codes, self.mesh, 0, False)
+        self.graphdef, self.trained, self.frozen = nnx.split(decoder, trainable_filter("lora"), ...)
+        optimizer = make_optimizer(config, 1_000_000)
+        self.state = init_state(named_arrays(self.trained), optimizer, self.mesh)
+        template = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), self.trained)
+        self.step = make_train_step(self.graphdef, template, optimizer, None, self.state)
+
+    def first_loss(self, count: int) -> float:
+        """Nats a target token over the first `count` segments; before any `epoch`."""
+        length, targets = self.plan.config.row_length, self.plan.targets_per_row
+        windows = Windows(*(x[:count] for x in vars(self.segments.windows).values()))
+        parts = Segments(self.segments.items, windows, self.segments.pieces).within(length, targets)
+        loss = jax.jit(lambda t, batch: target_loss(nnx.merge(self.graphdef, t, self.frozen), batch))
+        rows = [parts.pack([np.asarray([i])], length, targets) for i in range(len(parts))]
+        return sum(float(loss(self.trained, row)) for row in rows) / sum(float(row.weights.sum()) for row in rows)
+
+    def epoch(self) -> float:
+        """Seconds for one pass over the sample, making its batches included."""
+        begin = time.perf_counter()
+        metrics = None
+        for step in range(self.steps):
+            batch = shard_batches(self.plan.batch(step), self.mesh)
+            self.state, metrics = self.step(self.state, self.frozen, batch)
+        jax.block_until_ready((metrics, self.state))
+        return time.perf_counter() - begin
+
+
+def row_lengths(segments: Segments) -> range:
+    """Those tried: from the longest example on."""
+    least = int(segments.apart().lengths.max())
+    return range(-(-least // 32) * 32, max(LONGEST_ROW, least + 32) + 1, 32)
+
+
+def in_torch(segments: Segments) -> list[tuple[list[int], list[int]]]:
+    """The examples one by one with labels, the last token fed as well."""
+
+    def row(example: Example) -> tuple[list[int], list[int]]:
+        ids = [*example.tokens.tolist(), int(example.labels[-1])]
+        labels = [IGNORED] * len(ids)
+        for position, label in zip(example.target_positions.tolist(), example.labels.tolist(), strict=True):
+            labels[position + 1] = label
+        return ids, labels
+
+    return [row(example) for example in segments.apart().examples()]
+
+
+def peers(folder: Path, examples: list[tuple[list[int], list[int]]], reference: float) -> TrlSide:
+    """The fastest variant of TRL with the right loss; prints all of them."""
+    best: tuple[float, TrlSide | None, str] = (0.0, None, "")
+    for dtype, layout, device_batch in (
+        ("float32", "padded", 4), ("float32", "padded", 8), ("float32", "padding_free", 4),
+        ("bfloat16", "padded", 4), ("bfloat16", "padding_free", 4),
+    ):  # fmt: skip
+        name = f"TRL {dtype} {layout}, {device_batch} examples a pass"
+        side = TrlSide(folder, examples, BATCH, dtype, layout, device_batch)  # type: ignore[arg-type]
+        loss = side.first_loss()
+        bound = 1e-2 if dtype == "bfloat16" else 1e-3
+        timing = side.steps(1)
+        speed = timing.tokens / timing.seconds
+        says = "" if abs(loss - reference) < bound else f" (left out: ours {reference:.4f})"
+        print(
+            f"{name}: {timing.examples / timing.seconds:.3f} examples/s, {speed:.0f} tokens/s, first loss {loss:.4f}{says}",
+            flush=True,
+        )
+        if not says and speed > best[0]:
+            best = (speed, side, name)
+    if best[1] is None:
+        raise UserError("no variant of TRL has the loss of ours")
+    print(f"taken: {best[2]}")
+    return best[1]
+
+
+def measure(
+    name: str, dataset: Dataset, codes: ItemCodes, tokenizer: Any, folder: Path, args: argparse.Namespace
+) -> dict[str, Any]:
+    """One row of the table."""
+    builder = prompt_builder(PROMPTS[name], codes, tokenizer, CONTEXT)
+    sample = draw(builder, dataset, args.examples)
+    steps = sample.examples // BATCH
+    plain, shared = (OurSide(s, steps, codes) for s in (sample.shared.apart(), sample.shared))
+    losses = {"plain": plain.first_loss(BATCH), "shared": shared.first_loss(sample.first)}
+    examples = in_torch(sample.shared)
+    if args.quick:
+        trl = TrlSide(folder, examples, BATCH, "float32", "padded", 4)
+    else:
+        trl = peers(folder, examples, losses["plain"])
+    losses["trl"] = trl.first_loss()
+    print(
+        f"{name}: {sample.examples} examples, token ratio {sample.token_ratio:.2f} ({sample.whole_ratio:.2f} of the whole data)"
+    )
+    for side, what in ((plain, "ours one by one"), (shared, "ours shared")):
+        c = side.plan.config
+        print(f"{what}: rows of {c.row_length}, {c.accumulate} a step, {side.plan.efficiency():.1%} of positions used")
+    print("first losses: " + ", ".join(f"{side} {loss:.5f}" for side, loss in losses.items()), flush=True)
+    plain.epoch(), shared.epoch()
+    times: dict[str, list[float]] = {"trl": [], "plain": [], "shared": []}
+    for repetition in range(args.repetitions):
+        for side, run in (("trl", lambda: trl.steps(steps).seconds), ("plain", plain.epoch), ("shared", shared.epoch)):
+            time.sleep(PAUSE)
+            times[side].append(run())
+        print(f"repetition {repetition + 1}: " + ", ".join(f"{side} {t[-1]:.1f} s" for side, t in times.items()), flush=True)
+    ratios = {
+        f"ratio_{side}": statistics.median(a / b for a, b in zip(times["trl"], times[side], strict=True))
+        for side in ("plain", "shared")
+    }
+    return {
+        "row": name,
+        "examples": sample.examples,
+        "examples_per_s_trl": sample.examples / statistics.median(times["trl"]),
+        **ratios,
+        "token_ratio": sample.whole_ratio,
+        "sample_token_ratio": sample.token_ratio,
+        "goal_shared": 0.85 * sample.whole_ratio * ratios["ratio_plain"],
+        "loss_gap": max(losses.values()) - min(losses.values()),
+        "seconds": times,
+        "positions_used": {"plain": plain.plan.efficiency(), "shared": shared.plan.efficiency()},
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="the first row alone, TRL in float32 padded, one step an epoch")
+    parser.add_argument(
+        "--examples", type=int, help=f"examples of the sample, a multiple of {BATCH} (quick: {BATCH}, else {4 * BATCH})"
+    )
+    parser.add_argument("--repetitions", type=int, help="passes of each side (quick: 2, else 3)")
+    args = parser.parse_args()
+    args.examples = args.examples or (BATCH if args.quick else 4 * BATCH)
+    args.repetitions = args.repetitions or (2 if args.quick else 3)
+    if args.examples % BATCH:
+        raise UserError(f"--examples {args.examples} is no multiple of {BATCH}")
+    dataset = beauty()
+    tokenizer = load_tokenizer(resolve_base("smollm2-135m"), None)
+    codes = title_codes(distinct_titles(dataset.titles, dataset.item_ids), tokenizer, 64, dataset.item_ids)
+    dtype, why = compute_dtype(ModelConfig())
+    print(f"ours computes in {dtype.name} ({why})")
+    with tempfile.TemporaryDirectory() as folder:
+        base = write_base(Path(folder) / "base")
+        names = list(PROMPTS)[:1] if args.quick else list(PROMPTS)
+        rows = [measure(name, dataset, codes, tokenizer, base, args) for name in names]
+    kept = ("examples_per_s_trl", "ratio_plain", "ratio_shared", "token_ratio", "loss_gap", "goal_shared")
+    packages = ("jax", "flax", "torch", "transformers", "trl", "peft")
+    print(json.dumps({
+        **{key: rows[0][key] for key in kept},
+        "rows": rows,
+        "device": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores",
+        "versions": {name: version(name) for name in packages},
+    }))  # fmt: skip
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except UserError as error:
+        sys.exit(f"error: {error}")
