@@ -66,11 +66,13 @@ def test_blocks_without_a_visible_key_are_passed_over() -> None:
     for seed in range(20):
         marks = random_rows(seed, 128, (0, 13, 128))
         mask = np.array(packed_mask(*marks)) & (np.arange(128)[:, None] >= np.arange(128))
+        mask &= np.asarray(marks[1] > 0)[:, :, None]  # what padding sees does not matter
         needed = mask.reshape(3, 8, 16, 8, 16).any(axis=(2, 4))
         visited = np.asarray(visible_blocks(marks, 16))  # type: ignore[arg-type]
         assert not (needed & ~visited).any()
         same = (marks[1][:, :, None] == marks[1][:, None]).reshape(3, 8, 16, 8, 16).any(axis=(2, 4))
         assert not (visited & ~np.asarray(same)).any()
+        assert visited[2].tolist() == np.eye(8, dtype=bool).tolist()  # padding costs no more than itself
     # A trunk of 32 tokens and five branches of 16: each visits the trunk and itself.
     trunk = [(p, 1, 0, p + 1) for p in range(32)]
     tree = np.asarray(trunk + [(32 + p, 1, b, 32) for b in range(1, 6) for p in range(16)], np.int32).T

@@ -1,4 +1,4 @@
-"""FLOPs against the products that XLA compiles, visible pairs against the mask, and the peak on a clock made up."""
+"""FLOPs against the products that XLA compiles, and the peak on a clock made up."""
 
 import dataclasses
 import math
@@ -8,17 +8,16 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 from flax import nnx
 
 from sftrec_jax.model.architecture import Architecture
-from sftrec_jax.model.attention import attend, packed_mask
+from sftrec_jax.model.attention import attend
 from sftrec_jax.model.decoder import PROJECTIONS, Decoder
 from sftrec_jax.model.layers import AdapterSpec, rope_tables
 from sftrec_jax.model.load import trainable_filter
 from sftrec_jax.train import flops
-from sftrec_jax.train.flops import peak_flops, step_flops, visible_pairs
+from sftrec_jax.train.flops import peak_flops, step_flops
 
 # No two of the sizes that a kernel joins are equal.
 ARCH = Architecture(900, 256, 512, 2, 6, 2, 64, 2048, 10000.0, 1e-5, True)
@@ -110,57 +109,6 @@ def test_what_does_not_fit_is_refused() -> None:
     for spec, method, new_rows in ((None, "lora", 5), (adapters("q_proj"), "full", 5), (None, "rows", 0)):
         with pytest.raises(ValueError, match=method):
             step_flops(ARCH, spec, method, 1, 1, 1, new_rows)  # pyright: ignore[reportArgumentType]
-
-
-def seen(segments: np.ndarray, branches: np.ndarray, positions: np.ndarray, forks: np.ndarray) -> int:
-    mask = np.asarray(packed_mask(*(jnp.asarray(x) for x in (positions, segments, branches, forks))))
-    return int((mask & (segments[:, :, None] > 0)).sum())
-
-
-def packed_rows(rng: np.random.Generator, rows: int, length: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, int]:
-    """Segments of a trunk and some branches until a row is full or has padding; with the pairs, counted as they are written."""
-    segments, branches, positions = (np.zeros((rows, length), np.int32) for _ in range(3))
-    forks = np.ones((rows, length), np.int32)
-    pairs = 0
-    for b in range(rows):
-        at, segment = 0, 1
-        while at < length - rng.integers(0, length // 2):
-            trunk = int(rng.integers(1, 12))
-            parts = [(0, 0, trunk)]
-            parts += [(n, int(rng.integers(1, trunk + 1)), int(rng.integers(1, 5))) for n in range(1, int(rng.integers(1, 5)))]
-            for branch, fork, count in parts:
-                for rank in range(min(count, length - at)):
-                    segments[b, at], branches[b, at], positions[b, at] = segment, branch, fork + rank
-                    forks[b, at] = fork if branch else rank + 1
-                    pairs += fork + rank + 1
-                    at += 1
-            segment += 1
-    return segments, branches, positions, forks, pairs
-
-
-def test_pairs_of_packed_rows_are_those_of_the_mask() -> None:
-    rng = np.random.default_rng(0)
-    for _ in range(20):
-        *row, written = packed_rows(rng, 3, 64)
-        assert visible_pairs(*row) == seen(*row)
-        # A branch that the row's end cuts off still has its whole trunk before it, so what was written is what is seen.
-        assert visible_pairs(*row) == written
-
-
-def test_pairs_of_any_arrays_are_those_of_the_mask() -> None:
-    rng = np.random.default_rng(1)
-    for _ in range(100):
-        segments, branches, positions = (rng.integers(0, n, (2, 24)).astype(np.int32) for n in (3, 3, 9))
-        forks = rng.integers(0, 14, (2, 24)).astype(np.int32)
-        assert visible_pairs(segments, branches, positions, forks) == seen(segments, branches, positions, forks)
-
-
-def test_pairs_of_passes_and_of_padding() -> None:
-    *row, written = packed_rows(np.random.default_rng(2), 4, 48)
-    passes = [x.reshape(2, 2, 48) for x in row]
-    assert visible_pairs(*passes) == written
-    assert visible_pairs(*(np.zeros_like(x) for x in row)) == 0
-    assert visible_pairs(*(x[:, :0] for x in row)) == 0
 
 
 def test_peak_is_of_the_fastest_product(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -156,6 +156,16 @@ def test_a_changed_word_is_found(path: str, to: Any, tmp_path: Path, capsys: pyt
     assert path.split("/")[0].replace("top10", "tiny.top10.parquet").replace("config", "") in said
 
 
+def test_an_option_newer_than_the_card_was_at_its_default(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of what a card lacks, an option at its default is not missed; one that is not, is."""
+    folder = copied(tmp_path)
+    change(folder, lambda values: values["protocol"]["prompt"].pop("stride"))
+    assert verify(folder, capsys)[0] == 0
+    change(folder, lambda values: values["protocol"]["prompt"].pop("max_history"))
+    code, said = verify(folder, capsys)
+    assert code == 1 and "protocol.prompt.max_history: 100 is published" in said
+
+
 def rewritten(folder: Path, frame: pl.DataFrame, seal: bool = True) -> None:
     """The lists replaced; with `seal` the JSON has their hash, so that only their content can tell."""
     file = folder / "docs/results/tiny.top10.parquet"

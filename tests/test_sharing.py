@@ -96,6 +96,15 @@ def test_loss_and_gradients_equal_examples_one_by_one(parts: Parts, coding: str,
     assert_close(moved(gradient), moved(reference), 1e-5)
 
 
+def test_a_token_sees_as_many_as_alone(parts: Parts) -> None:
+    """Its position and itself: what the count of pairs relies on (`make_train_step`)."""
+    for frame in FRAMES:
+        packed = in_rows(shared(parts, "titles", "titles", frame, "whole"))
+        mask = packed_mask(*(jnp.asarray(x) for x in (packed.positions, packed.segments, packed.branches, packed.forks)))
+        real = packed.segments > 0
+        np.testing.assert_array_equal(np.asarray(mask).sum(-1)[real], packed.positions[real] + 1)
+
+
 Mask = Callable[[jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]
 
 

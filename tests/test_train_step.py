@@ -74,6 +74,7 @@ def test_passes_of_unequal_size_equal_one_large_batch(parts: Parts, batches: lis
         np.testing.assert_allclose(metrics["grad_norm"], norm, rtol=1e-5)
         assert metrics["targets"] == weights.sum()
         assert metrics["tokens"] == (flat.segments > 0).sum()
+        assert metrics["pairs"] == (flat.positions + 1)[flat.segments > 0].sum()
 
 
 def digest(arrays: dict[str, jax.Array]) -> dict[str, str]:

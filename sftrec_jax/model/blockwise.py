@@ -46,17 +46,21 @@ def block_attention(
 
 
 def visible_blocks(marks: Marks, block: int) -> Bool[Array, "B Q C"]:
-    """Which blocks of keys a block of queries may see something of; never too few."""
+    """Which blocks of keys a block of queries may see something of; too few for padding alone, whose blocks see themselves."""
     _, segments, branches, _ = marks
     count = segments.shape[1] // block
-    segments, branches = (x.reshape(-1, count, block) for x in (segments, branches))
-    # Padding comes last: as a number after all others, so that numbers rise along the row.
-    number = jnp.where(segments > 0, segments, jnp.where(segments == 0, 1 << 14, 1 << 15)) * (1 << 15) + branches
-    low, high = number.min(-1), number.max(-1)
+    begins = jnp.diff(segments, axis=1, prepend=-2) != 0
+    # Trunks and branches numbered along the row, and of each token the number of its segment's first.
+    number = jnp.cumsum(begins | (jnp.diff(branches, axis=1, prepend=-1) != 0), axis=1)
+    first = jax.lax.cummax(jnp.where(begins, number, 0), axis=1)
+    number, first, trunk, real = (
+        x.reshape(-1, count, block) for x in (number, first, jnp.where(branches == 0, number, 0), segments > 0)
+    )
+    low, high = number[..., 0], number[..., -1]
     overlap = (low[:, :, None] <= high[:, None]) & (low[:, None] <= high[:, :, None])
-    trunk = jnp.where(branches == 0, number, -1).max(-1)  # of the last segment that has trunk in the block
-    seen = overlap | (trunk[:, None] >= (low >> 15 << 15)[:, :, None])
-    return seen & (jnp.arange(count)[:, None] >= jnp.arange(count))
+    seen = overlap | (trunk.max(-1)[:, None] >= first[:, :, :1])
+    at = jnp.arange(count)
+    return seen & (at[:, None] >= at) & (real[:, :, :1] | (at[:, None] == at))
 
 
 def _visits(marks: Marks, block: int) -> tuple[Int[Array, "BQ"], Int[Array, "BQ C"]]:

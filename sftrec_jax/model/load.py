@@ -14,6 +14,7 @@ from sftrec_jax.errors import UserError
 from sftrec_jax.items.codes import ItemCodes
 from sftrec_jax.model.architecture import Architecture, parse_architecture, read_architecture
 from sftrec_jax.model.decoder import PROJECTIONS, Decoder, Remat
+from sftrec_jax.model.dtype import compute_dtype
 from sftrec_jax.model.gguf_file import read_gguf
 from sftrec_jax.model.hub import BaseSource
 from sftrec_jax.model.layers import AdapterSpec, LoRAParam, TokenRows
@@ -38,15 +39,6 @@ def adapter_spec(config: LoraConfig) -> AdapterSpec:
         what = f"{unknown[0]!r} matches no projection" if unknown else "the list is empty"
         raise UserError(f"lora.targets: {what}; use all-linear or names among {', '.join(PROJECTIONS)}")
     return AdapterSpec(config.r, config.alpha, config.dropout, tuple(p for p in PROJECTIONS if p in wanted))
-
-
-def compute_dtype(config: ModelConfig) -> tuple[Any, str]:
-    """The type of activations and frozen weights, and the reason for it."""
-    if config.compute_dtype != "auto":
-        return jnp.dtype(config.compute_dtype), "as configured"
-    if jax.default_backend() == "cpu":
-        return jnp.dtype(jnp.float32), "CPU: bfloat16 products were no faster than float32 where measured (docs/log.md)"
-    return jnp.dtype(jnp.bfloat16), f"{jax.default_backend()}: half the memory traffic"
 
 
 def source_architecture(source: BaseSource) -> Architecture:

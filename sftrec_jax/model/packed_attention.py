@@ -13,7 +13,7 @@ from sftrec_jax.model.tree_attention import tree_attention
 
 WHOLE = 64
 """Rows of up to so many tokens have one block anyway; their mask is applied whole. Longer ones cost less in blocks: on two CPU
-cores a layer's attention, forward and backward, took 16 ms in a row of 1,024 tokens against 490 (docs/log.md)."""
+cores a layer took 16 ms, forward and backward, for 1,024 tokens in segments of 128 against 490 (docs/log.md)."""
 KERNELS = 128
 """Rows from so many tokens on run in kernels on TPU and GPU, whose blocks have 128 tokens."""
 LONGEST_KERNEL = 6_144

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-from sftrec_jax.config import RunConfig
+from sftrec_jax.config import PromptConfig, RunConfig
 from sftrec_jax.config_file import load_config, to_dict
 from sftrec_jax.console import console
 from sftrec_jax.errors import UserError
@@ -186,12 +186,13 @@ def _check_as_configured(config: RunConfig, card: dict[str, Any], path: Path) ->
 
 
 def differences_within(part: dict[str, Any], card: dict[str, Any]) -> list[tuple[str, Any, Any]]:
-    """Where a card has other values for the keys of `part`; older cards may lack some."""
+    """Where a card has other values for the keys of `part`; older cards lack sections, and options that were at their default."""
     out = []
+    defaults = {"prompt": dataclasses.asdict(PromptConfig())}
     for section, expected in part.items():
         found = card.get(section)
         if isinstance(expected, dict) and isinstance(found, dict):
-            found = {key: value for key, value in found.items() if key in expected}
+            found = {key: value for key, value in {**defaults.get(section, {}), **found}.items() if key in expected}
         if section in card:
             out += differing(expected, found, section)
     return out

@@ -13,7 +13,7 @@ import numpy as np
 from sftrec_jax.console import console, progress
 from sftrec_jax.decode.recommender import Recommender
 from sftrec_jax.errors import UserError
-from sftrec_jax.model.load import compute_dtype
+from sftrec_jax.model.dtype import compute_dtype
 from sftrec_jax.run.session import Session, recommender
 
 if TYPE_CHECKING:

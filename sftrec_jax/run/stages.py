@@ -18,8 +18,8 @@ from sftrec_jax.items.index_file import write_index
 from sftrec_jax.items.paths import codes_paths
 from sftrec_jax.model.cards import CardInfo
 from sftrec_jax.model.decoder import Decoder
+from sftrec_jax.model.dtype import compute_dtype
 from sftrec_jax.model.export import export_adapter, export_merged
-from sftrec_jax.model.load import compute_dtype
 from sftrec_jax.model.sharding import BATCH, with_arrays
 from sftrec_jax.run.evaluation import Asked, list_metrics
 from sftrec_jax.run.session import Session, describe_devices, recommender

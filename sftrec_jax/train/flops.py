@@ -6,7 +6,6 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from sftrec_jax.model.architecture import Architecture
 from sftrec_jax.model.layers import AdapterSpec
@@ -72,7 +71,7 @@ def step_flops(
         method: what is trained beside the new rows: nothing, the adapters, or everything.
         tokens: without padding.
         targets: predicted tokens.
-        pairs: (query, key) pairs of one layer, see `visible_pairs`.
+        pairs: (query, key) pairs of one layer, the sum of how many tokens each token sees, itself included.
         new_rows: trained token rows, in the input table and in the head.
 
     Raises: ValueError where nothing is trained, or where adapters and method do not fit.
@@ -122,33 +121,6 @@ def _layer(arch: Architecture, adapters: AdapterSpec | None, method: str, flows:
     up = linear("up_proj", d, f, flows)
     flows = linear("down_proj", f, d, gate or up) or flows
     return kernel, adapter, attention, flows
-
-
-def visible_pairs(segments: np.ndarray, branches: np.ndarray, positions: np.ndarray, forks: np.ndarray) -> int:
-    """Pairs (query, key) that `packed_mask` lets through, but for those of padding.
-
-    All int32 [..., T], as in `PackedBatch`. A trunk token at position p sees p + 1 keys, a token of a branch its fork, and
-    the branch up to itself. Counted by sorting: nothing has T x T entries.
-    """
-    length = segments.shape[-1]
-    real = (segments > 0).reshape(-1)
-    row = np.repeat(np.arange(segments.size // max(length, 1)), length)[real]
-    segment, branch, position, fork = (x.reshape(-1)[real].astype(np.int64) for x in (segments, branches, positions, forks))
-    if not len(row):
-        return 0
-    # A fork behind the longest trunk is as good as one at its end, and keeps the keys of two trunks apart.
-    places = int(position.max()) + 2
-    fork = np.clip(fork, 0, places - 1)
-    group = row * (int(segment.max()) + 1) + segment
-    trunk = group * (int(branch.max()) + 1) * places
-    own = trunk + branch * places
-    keys = np.sort(own + position)
-
-    def keys_before(end: np.ndarray, begin: np.ndarray) -> np.ndarray:
-        return np.searchsorted(keys, end) - np.searchsorted(keys, begin)
-
-    on_trunk, in_branch = keys_before(trunk + fork, trunk), keys_before(own + position + 1, own)
-    return int(np.where(branch == 0, np.maximum(on_trunk, in_branch), on_trunk + in_branch).sum())
 
 
 def peak_flops(dtype: Any) -> tuple[float, str]:
