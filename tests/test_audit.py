@@ -60,7 +60,7 @@ class Runs:
 SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("variable with new rows", "long")]
 
 
-@pytest.mark.parametrize("name", ["fixed", "shared", *SLOW])
+@pytest.mark.parametrize("name", ["fixed", pytest.param("shared", marks=pytest.mark.slow), *SLOW])
 def test_exact_lists_equal_scoring_every_item(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """With beams far too narrow for it; who has been shown a list that is exact is not searched again."""
     rows, (decode, scores), k = EVERY[name], made(name, 1), 3

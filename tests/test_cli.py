@@ -227,7 +227,9 @@ def test_overrides_with_paths_are_relative_to_the_current_folder(tmp_path: Path,
     "changes",
     [
         ["--items.tokenizer", "title", "--prompt.format", "instruct", "--prompt.max-history", "2", "--train.row-length", "96"],
-        ["--data.split", "temporal", "--prompt.max-history", "40", "--train.row-length", "4"],
+        pytest.param(
+            ["--data.split", "temporal", "--prompt.max-history", "40", "--train.row-length", "4"], marks=pytest.mark.slow
+        ),
     ],
     ids=["titles", "temporal"],
 )

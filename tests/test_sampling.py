@@ -105,6 +105,7 @@ def test_draws_have_the_distribution_of_sampling_without_replacement(name: str) 
     np.testing.assert_array_equal(few.items, drawn.items[:256, :2])
 
 
+@pytest.mark.slow
 def test_draws_depend_on_seed_and_place_alone() -> None:
     """Not on the layout, nor on who else is decoded, nor in which batch."""
     name, n = "tiny ragged", len(TINY["ragged"])

@@ -81,6 +81,7 @@ def test_normalisers_equal_search_by_hand(pair: Pair, rows: Rows, layout: Any, k
         np.testing.assert_allclose(ranking.scores[user], [value for _, value in found], atol=1e-4)
 
 
+@pytest.mark.slow
 def test_forced_tail_in_one_pass_equals_token_by_token(pair: Pair) -> None:
     """With lists of items to leave out, which are looked at before the tail begins."""
     codes, k = item_codes(CHAINS, NEW), 6

@@ -213,6 +213,7 @@ def test_a_run_says_when_what_is_trained() -> None:
         assert stages._when(TrainConfig(method=method, rows_first=share), 10) == said
 
 
+@pytest.mark.slow
 def test_a_run_of_rows_with_items_that_share_codes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """From training to an export without adapters; metrics again from the recommendations, as the mean over a group's places."""
     config, out = write_inputs(tmp_path), tmp_path / "run"
