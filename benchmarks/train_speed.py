@@ -1,6 +1,6 @@
 """Training speed: TRL's SFTTrainer with PEFT on torch against this package, without and with shared prompts, on the same CPU.
 
-    python benchmarks/train_speed.py --quick          # about 8 minutes; without --quick all three rows, over an hour
+    python benchmarks/train_speed.py --quick          # about 10 minutes; without --quick all three rows, an hour
 
 SmolLM2-135M, LoRA of rank 16 on all linear projections, AdamW, no gradient checkpointing. Examples are training targets of
 Amazon Beauty (`$SFTREC_DATA`): prompt and answer are titles, tokenised piece by piece; all three get the same token ids, and as
@@ -10,13 +10,14 @@ pass of each is left out.
 
 Rows: `windows of 26 to 50 items, no text after the history`; `the same with 9 tokens after it`; `exactly the last 20 items, no
 text after`. TRL runs in the fastest of float32 and bfloat16, padded in batches of like lengths and padding-free, whose loss is
-right; all of them are printed, and one whose head is patched to score targets alone, which TRL does on a GPU only
-(`patched_over_taken` in `rows`). `--quick` takes float32 padded in twos.
+right on the first row; all of them are printed, and one whose head is patched to score targets alone, which TRL does on a GPU
+only (`patched_over_taken`). `--quick` takes float32 padding-free, four at a time. The second and third row have 64 examples and
+two repetitions.
 
 The last line is one JSON object, of the first row: `examples_per_s_trl`, `ratio_plain` and `ratio_shared` (our examples a second
 over TRL's, without and with sharing; medians over the repetitions), `token_ratio` (tokens of the whole data one by one over those
 shared), `loss_gap` (largest difference of the three first losses, nats a target token), `goal_shared` (0.85 x token_ratio x
-ratio_plain), `rows`, `device`, `versions`.
+ratio_plain), `patched_over_taken`, `rows`, `device`, `versions`.
 """
 
 import argparse
@@ -185,7 +186,7 @@ class OurSide:
 def row_lengths(segments: Segments) -> range:
     """Those tried: from the longest example on."""
     least = int(segments.apart().lengths.max())
-    return range(-(-least // 32) * 32, max(LONGEST_ROW, least + 32) + 1, 32)
+    return range(-(-least // 8) * 8, max(LONGEST_ROW, least + 8) + 1, 8)
 
 
 def in_torch(segments: Segments) -> list[tuple[list[int], list[int]]]:
@@ -201,65 +202,71 @@ def in_torch(segments: Segments) -> list[tuple[list[int], list[int]]]:
     return [row(example) for example in segments.apart().examples()]
 
 
-VARIANTS: list[tuple[str, str, int, str]] = [
+Variant = tuple[str, str, int, str]
+"""Type, layout, examples a pass, and what the head scores. TRL scores `targets` alone only on a GPU; here a function of it is
+patched for that, so this variant is shown and not taken."""
+QUICK: Variant = ("float32", "padding_free", 4, "all")
+VARIANTS: list[Variant] = [
     *(("float32", "padded", device_batch, "all") for device_batch in (1, 2, 4)),
     ("float32", "padding_free", 4, "all"),
     ("bfloat16", "padded", 2, "all"),
     ("bfloat16", "padding_free", 4, "all"),
     ("float32", "padded", 2, "targets"),
 ]
-"""Type, layout, examples a pass, and what the head scores. TRL scores `targets` alone only on a GPU; here a function of it is
-patched for that, so this variant is shown and not taken."""
 
 
-def peers(folder: Path, examples: list[tuple[list[int], list[int]]], reference: float) -> tuple[TrlSide, float]:
+def trl_side(folder: Path, examples: list[tuple[list[int], list[int]]], variant: Variant) -> TrlSide:
+    dtype, layout, device_batch, head = variant
+    return TrlSide(folder, examples, BATCH, dtype, layout, device_batch, head)  # type: ignore[arg-type]
+
+
+def fastest(folder: Path, examples: list[tuple[list[int], list[int]]], reference: float) -> tuple[Variant, float]:
     """The fastest variant of TRL with the right loss, and how many times as fast the patched one is; prints all of them."""
-    sides: dict[tuple[str, str, int, str], tuple[float, TrlSide]] = {}
+    rates: dict[Variant, float] = {}
     for variant in VARIANTS:
-        dtype, layout, device_batch, head = variant
-        side = TrlSide(folder, examples, BATCH, dtype, layout, device_batch, head)  # type: ignore[arg-type]
+        side = trl_side(folder, examples, variant)
         gap = abs(side.first_loss() - reference)
         timing = side.steps(1)
         says = "" if gap < 1e-2 else " (left out)"
+        dtype, layout, device_batch, head = variant
         print(
             f"TRL {dtype} {layout}, {device_batch} a pass, head at {head}: {timing.examples / timing.seconds:.3f} examples/s, "
             f"{timing.tokens / timing.seconds:.0f} tokens/s, first loss {gap:.1e} from ours{says}",
             flush=True,
         )
         if not says:
-            sides[variant] = timing.tokens / timing.seconds, side
-    patched = sides.pop(VARIANTS[-1], (0.0, None))[0]
-    if not sides:
+            rates[variant] = timing.tokens / timing.seconds
+    patched = rates.pop(VARIANTS[-1], 0.0)
+    if not rates:
         raise UserError("no variant of TRL has the loss of ours")
-    best = max(sides, key=lambda v: sides[v][0])
+    best = max(rates, key=lambda v: rates[v])
     print(f"taken: {best}")
-    return sides[best][1], patched / sides[best][0]
+    return best, patched / rates[best]
 
 
 def measure(
-    name: str, dataset: Dataset, codes: ItemCodes, tokenizer: Any, folder: Path, args: argparse.Namespace
-) -> dict[str, Any]:
-    """One row of the table."""
-    builder = prompt_builder(PROMPTS[name], codes, tokenizer, CONTEXT)
-    sample = draw(builder, dataset, args.examples)
+    builder: PromptBuilder, dataset: Dataset, folder: Path, wanted: int, repetitions: int, variant: Variant | None
+) -> tuple[dict[str, Any], Variant]:
+    """One row of the table, and the variant of TRL that it was compared with; None: the fastest of all."""
+    codes = builder.codes
+    sample = draw(builder, dataset, wanted)
     steps = sample.examples // BATCH
     plain, shared = (OurSide(s, steps, codes) for s in (sample.shared.apart(), sample.shared))
     losses = {"plain": plain.first_loss(BATCH), "shared": shared.first_loss(sample.first)}
     examples = in_torch(sample.shared)
-    trl, patched = TrlSide(folder, examples, BATCH, "float32", "padded", 2), None
-    if not args.quick:
-        trl, patched = peers(folder, examples, losses["plain"])
+    print(f"{sample.examples} examples, token ratio {sample.token_ratio:.2f} ({sample.whole_ratio:.2f} of the whole data)")
+    patched = None
+    if variant is None:
+        variant, patched = fastest(folder, examples, losses["plain"])
+    trl = trl_side(folder, examples, variant)
     losses["trl"] = trl.first_loss()
-    print(
-        f"{name}: {sample.examples} examples, token ratio {sample.token_ratio:.2f} ({sample.whole_ratio:.2f} of the whole data)"
-    )
     for side, what in ((plain, "ours one by one"), (shared, "ours shared")):
         c = side.plan.config
         print(f"{what}: rows of {c.row_length}, {c.accumulate} a step, {side.plan.efficiency():.1%} of positions used")
     print("first losses: " + ", ".join(f"{side} {loss:.5f}" for side, loss in losses.items()), flush=True)
     plain.epoch(1), shared.epoch(1)
     times: dict[str, list[float]] = {"trl": [], "plain": [], "shared": []}
-    for repetition in range(args.repetitions):
+    for repetition in range(repetitions):
         for side, run in (("trl", lambda: trl.steps(steps).seconds), ("plain", plain.epoch), ("shared", shared.epoch)):
             time.sleep(PAUSE)
             times[side].append(run())
@@ -268,8 +275,7 @@ def measure(
         f"ratio_{side}": statistics.median(a / b for a, b in zip(times["trl"], times[side], strict=True))
         for side in ("plain", "shared")
     }
-    return {
-        "row": name,
+    row = {
         "examples": sample.examples,
         "examples_per_s_trl": sample.examples / statistics.median(times["trl"]),
         **ratios,
@@ -280,12 +286,14 @@ def measure(
         "patched_over_taken": patched,
         "seconds": times,
         "positions_used": {"plain": plain.plan.efficiency(), "shared": shared.plan.efficiency()},
+        "trl": variant,
     }
+    return row, variant
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="the first row alone, TRL in float32, padded in twos")
+    parser.add_argument("--quick", action="store_true", help="the first row alone, TRL in float32, padding-free")
     parser.add_argument(
         "--examples", type=int, help=f"examples of the sample, a multiple of {BATCH} (quick: {2 * BATCH}, else {4 * BATCH})"
     )
@@ -302,9 +310,17 @@ def main() -> None:
     print(f"ours computes in {dtype.name} ({why})")
     with tempfile.TemporaryDirectory() as folder:
         base = write_base(Path(folder) / "base")
-        names = list(PROMPTS)[:1] if args.quick else list(PROMPTS)
-        rows = [measure(name, dataset, codes, tokenizer, base, args) for name in names]
-    kept = ("examples_per_s_trl", "ratio_plain", "ratio_shared", "token_ratio", "loss_gap", "goal_shared")
+        variant = QUICK if args.quick else None
+        rows = []
+        for name, prompt in PROMPTS.items():
+            print(f"== {name}")
+            builder = prompt_builder(prompt, codes, tokenizer, CONTEXT)
+            size = (2 * BATCH, 2) if rows else (args.examples, args.repetitions)
+            row, variant = measure(builder, dataset, base, *size, variant)
+            rows.append({"row": name, **row})
+            if args.quick:
+                break
+    kept = ("examples_per_s_trl", "ratio_plain", "ratio_shared", "token_ratio", "loss_gap", "goal_shared", "patched_over_taken")
     packages = ("jax", "flax", "torch", "transformers", "trl", "peft")
     print(json.dumps({
         **{key: rows[0][key] for key in kept},

@@ -78,6 +78,11 @@ def test_blocks_without_a_visible_key_are_passed_over() -> None:
     tree = np.asarray(trunk + [(32 + p, 1, b, 32) for b in range(1, 6) for p in range(16)], np.int32).T
     visited = np.asarray(visible_blocks(tuple(jnp.asarray(x)[None] for x in tree), 16))[0]  # type: ignore[arg-type]
     assert visited.sum(axis=1).tolist() == [1, 2, 3, 3, 3, 3, 3]
+    # The same with forks at 16, 16, 17, 0 and 0: of the trunk what lies before them.
+    tree[0, 32:] -= np.repeat([16, 16, 15, 32, 32], 16)
+    tree[3, 32:] = np.repeat([16, 16, 17, 0, 0], 16)
+    visited = np.asarray(visible_blocks(tuple(jnp.asarray(x)[None] for x in tree), 16))[0]  # type: ignore[arg-type]
+    assert visited.sum(axis=1).tolist() == [1, 2, 2, 2, 3, 1, 1]
 
 
 def test_no_array_grows_with_the_square_of_the_row() -> None:

@@ -138,7 +138,7 @@ def go(parts: Parts, folder: Path, resume: bool, stop_at: int | None = None, con
 def records(folder: Path) -> list[dict[str, Any]]:
     """What `metrics.jsonl` says, times left out."""
     lines = [json.loads(line) for line in read_lines(folder / "metrics.jsonl")]
-    timed = {"seconds", "tokens_per_s", "target_tokens_per_s", "examples_per_s", "mfu", "loader_wait_s"}
+    timed = {"seconds", "tokens_per_s", "target_tokens_per_s", "examples_per_s", "mfu", "loader_wait_s", "peak_bytes"}
     return [{k: v for k, v in line.items() if k not in timed} for line in lines]
 
 

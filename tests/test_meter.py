@@ -4,6 +4,7 @@ import jax.numpy as jnp
 import pytest
 from tiny_training import stories
 
+from sftrec_jax.train.batches import Counts
 from sftrec_jax.train.flops import step_flops
 from sftrec_jax.train.meter import Meter, memory_peak
 
@@ -22,16 +23,19 @@ def test_rates(meter: Meter) -> None:
     flops = step_flops(meter.arch, meter.adapters, "lora", 100, 20, 3000, 7).total
     rows_only = step_flops(meter.arch, meter.adapters, "rows", 100, 20, 3000, 7).total
     assert rows_only < flops
-    compiling = meter.step(values, 5, 60.0, 1.0, False, False)
+    compiling = meter.step(values, Counts(5, 200, 128), 60.0, 1.0, False, False)
     assert compiling["tokens_per_s"] == pytest.approx(100 / 60)
-    first = meter.step(values, 5, 2.0, 0.5, False, True)
+    first = meter.step(values, Counts(5, 200, 128), 2.0, 0.5, False, True)
     assert first["mfu"] == pytest.approx(flops / 2 / PEAK) and first["loader_wait_s"] == 0.5
     assert first["examples_per_s"] == 2.5 and first["target_tokens_per_s"] == 10
-    second = meter.step(values, 7, 3.0, 0.5, True, True)
+    assert first["positions_used"] == 100 / 128 and first["saved_by_sharing"] == 2
+    assert first["peak_bytes"] == pytest.approx(memory_peak(), rel=0.1)
+    second = meter.step(values, Counts(7, 500, 122), 3.0, 0.5, True, True)
     assert second["mfu"] == pytest.approx(rows_only / 3 / PEAK)
     found = meter.summary()
     assert found["tokens_per_s"] == 40 and found["examples_per_s"] == pytest.approx(12 / 5)
     assert found["loader_wait_share"] == pytest.approx(0.2)
+    assert found["positions_used"] == 200 / 250 and found["saved_by_sharing"] == 3.5
     assert found["mfu"] == pytest.approx((flops + rows_only) / 5 / PEAK)
     assert "waited for the loader 20.0% of the time" in meter.describe() and "(given)" in meter.describe()
 

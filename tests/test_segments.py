@@ -113,11 +113,14 @@ def test_targets_see_what_they_would_see_alone(coding, frame, history, histories
     shared = segments(made, histories, begins)
     assert int(shared.target_items.sum()) == len(flat) and int(shared.targets.sum()) == sum(len(a) for _, a in flat)
     alone = shared.apart()
-    assert alone.lengths.tolist() == [len(p) + len(a) - 1 for p, a in flat]
+    assert alone.lengths.tolist() == [len(p) + len(a) - 1 for p, a in flat] == alone.lengths_apart.tolist()
+    of_each = np.split(alone.lengths, np.cumsum(shared.target_items))[: len(shared)]
+    assert shared.lengths_apart.tolist() == [part.sum() for part in of_each]
     # In rows as small as the largest target allows, and in larger ones.
     least = int(alone.lengths.max(initial=1))
     length, targets = least + row * 17, shared.longest + row * 3
     parts = shared.within(length, max(targets, 1))
+    assert parts.lengths_apart.sum() == alone.lengths.sum()
     assert (parts.lengths <= length).all() and (parts.targets <= max(targets, 1)).all()
     for form, size, room in (
         (parts, length, max(targets, 1)),

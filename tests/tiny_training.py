@@ -87,6 +87,10 @@ class ExampleList:
         return np.ones(len(self.examples), np.int64)
 
     @property
+    def lengths_apart(self) -> np.ndarray:
+        return self.lengths
+
+    @property
     def longest(self) -> int:
         return int(self.targets.max(initial=0))
 

@@ -25,7 +25,8 @@ LOWEST = HIDDEN / 2
 def block_attention(
     query: Float[Array, "B T N H"], key: Float[Array, "B T K H"], value: Float[Array, "B T K H"], marks: Marks, block: int = 64
 ) -> Float[Array, "B T N H"]:
-    """`attend` with `packed_mask`, for rows in which a segment's tokens and a branch's stand together, none before one it sees.
+    """`attend` with `packed_mask`, for rows in which a segment's tokens and a branch's stand together, none before one it sees,
+    and each segment begins with its trunk, without a gap in its positions.
 
     Padding comes last; what it gives is finite, but may differ. Softmax and sums are float32. Rows are taken one by one: with a
     batch divided over devices, call it in `jax.shard_map`.
@@ -47,9 +48,12 @@ def block_attention(
 
 def visible_blocks(marks: Marks, block: int) -> Bool[Array, "B Q C"]:
     """Which blocks of keys a block of queries may see something of; too few for padding alone, whose blocks see themselves."""
-    _, segments, branches, _ = marks
+    positions, segments, branches, forks = marks
     count = segments.shape[1] // block
     begins = jnp.diff(segments, axis=1, prepend=-2) != 0
+    # Where what a token sees of the trunk ends: so many places after the segment's first token.
+    start = jax.lax.cummax(jnp.where(begins, jnp.arange(segments.shape[1]), 0), axis=1)
+    reach = (start + forks - jnp.take_along_axis(positions, start, axis=1)).reshape(-1, count, block).max(-1)
     # Trunks and branches numbered along the row, and of each token the number of its segment's first.
     number = jnp.cumsum(begins | (jnp.diff(branches, axis=1, prepend=-1) != 0), axis=1)
     first = jax.lax.cummax(jnp.where(begins, number, 0), axis=1)
@@ -58,8 +62,8 @@ def visible_blocks(marks: Marks, block: int) -> Bool[Array, "B Q C"]:
     )
     low, high = number[..., 0], number[..., -1]
     overlap = (low[:, :, None] <= high[:, None]) & (low[:, None] <= high[:, :, None])
-    seen = overlap | (trunk.max(-1)[:, None] >= first[:, :, :1])
     at = jnp.arange(count)
+    seen = overlap | ((trunk.max(-1)[:, None] >= first[:, :, :1]) & (at * block < reach[:, :, None]))
     return seen & (at[:, None] >= at) & (real[:, :, :1] | (at[:, None] == at))
 
 

@@ -18,6 +18,7 @@ from sftrec_jax.model.dtype import compute_dtype
 from sftrec_jax.model.gguf_file import read_gguf
 from sftrec_jax.model.hub import BaseSource
 from sftrec_jax.model.layers import AdapterSpec, LoRAParam, TokenRows
+from sftrec_jax.model.remat import choose_remat
 from sftrec_jax.model.sharding import named_arrays, path_name, sharding_for, with_arrays
 from sftrec_jax.model.weights import decoder_arrays, open_tensors
 
@@ -64,7 +65,9 @@ class Build:
         return Decoder(self.arch, self.adapters, self.row_ids, self.dtype, self.remat, key, mesh)
 
 
-def make_build(model: ModelConfig, lora: LoraConfig, train: TrainConfig, arch: Architecture, codes: ItemCodes) -> Build:
+def make_build(
+    model: ModelConfig, lora: LoraConfig, train: TrainConfig, arch: Architecture, codes: ItemCodes, mesh: Mesh | None = None
+) -> Build:
     """Puts the static parts together. Frozen weights are kept in the compute type, trained ones in float32.
 
     Raises: UserError for a method or a first stage that trains new token rows where the items have none.
@@ -78,7 +81,8 @@ def make_build(model: ModelConfig, lora: LoraConfig, train: TrainConfig, arch: A
     dtype, _ = compute_dtype(model)
     adapters = adapter_spec(lora) if train.method == "lora" else None
     frozen = jnp.dtype(jnp.float32) if train.method == "full" else dtype
-    return Build(arch, adapters, tuple(int(i) for i in codes.new_token_ids), dtype, frozen, model.remat)
+    remat, _ = choose_remat(model, train, arch, adapters, dtype, mesh)
+    return Build(arch, adapters, tuple(int(i) for i in codes.new_token_ids), dtype, frozen, remat)
 
 
 def initial_rows(table: np.ndarray, codes: ItemCodes, vectors: np.ndarray | None) -> np.ndarray:

@@ -108,7 +108,7 @@ def _open(folder: RunFolder, config: RunConfig, dataset: Dataset, codes: ItemCod
         codes=codes,
         tokenizer=tokenizer,
         source=source,
-        build=make_build(model, config.lora, config.train, arch, codes),
+        build=make_build(model, config.lora, config.train, arch, codes, mesh),
         mesh=mesh,
         prompts=prompt_builder(config.prompt, codes, tokenizer, context),
     )

@@ -20,6 +20,7 @@ from sftrec_jax.model.cards import CardInfo
 from sftrec_jax.model.decoder import Decoder
 from sftrec_jax.model.dtype import compute_dtype
 from sftrec_jax.model.export import export_adapter, export_merged
+from sftrec_jax.model.remat import choose_remat
 from sftrec_jax.model.sharding import BATCH, with_arrays
 from sftrec_jax.run.evaluation import Asked, list_metrics
 from sftrec_jax.run.session import Session, describe_devices, recommender
@@ -50,7 +51,9 @@ def train_stage(session: Session, resume: bool) -> TrainResult:
     graphdef, trained, frozen = session.split(decoder)
     dtype, why = compute_dtype(config.model)
     console.print(f"devices: {describe_devices(session.mesh)}")
-    console.print(f"compute: {dtype.name} ({why}); adapters and optimizer float32; remat {config.model.remat}")
+    build = session.build
+    remat, reason = choose_remat(config.model, t, build.arch, build.adapters, dtype, session.mesh)
+    console.print(f"compute: {dtype.name} ({why}); adapters and optimizer float32; remat {remat} ({reason})")
     console.print(f"parameters: {_size(trained):,} trained of {_size(trained) + _size(frozen):,} ({t.method})")
     console.print(
         f"examples: {counts['examples']:,} with {int(plan.targets.sum()):,} targets in {int(plan.lengths.sum()):,} tokens; "
@@ -65,7 +68,6 @@ def train_stage(session: Session, resume: bool) -> TrainResult:
         console.print(_when(t, plan.steps))
     console.print(f"files: {session.folder.path}")
     validator = _Validator(session, decoder)
-    build = session.build
     meter = Meter(build.arch, build.adapters, t.method, len(build.row_ids), dtype, session.mesh.size)
     result = train(
         graphdef, trained, frozen, plan, config.lora.dropout > 0, session.mesh, session.folder.path,

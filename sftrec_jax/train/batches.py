@@ -4,7 +4,7 @@ import functools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import grain
 import numpy as np
@@ -37,6 +37,11 @@ class Packable(Protocol):
         ...
 
     @property
+    def lengths_apart(self) -> np.ndarray:
+        """int64 [n] tokens of each, had each of its targets a prompt of its own."""
+        ...
+
+    @property
     def longest(self) -> int:
         """Target tokens of the largest part that cannot be divided."""
         ...
@@ -48,6 +53,14 @@ class Packable(Protocol):
     def pack(self, rows: list[np.ndarray], row_length: int, targets_per_row: int) -> PackedBatch:
         """The arrays of rows that hold the parts with these indices."""
         ...
+
+
+class Counts(NamedTuple):
+    """Of one optimizer step: targets, an item as one; tokens, had each a prompt of its own; positions, padding included."""
+
+    items: int
+    tokens_apart: int
+    positions: int
 
 
 @dataclass(frozen=True, eq=False)
@@ -117,9 +130,14 @@ class BatchPlan:
             rows.append(self.rows(epoch)[index - self._first_row(epoch)])
         return rows
 
-    def items(self, step: int) -> int:
-        """Targets of one optimizer step (counted from 0), an item as one."""
-        return int(self.parts.target_items[np.concatenate(self._rows_of(step))].sum())
+    def counts(self, step: int) -> "Counts":
+        """What one optimizer step (counted from 0) holds."""
+        chosen = np.concatenate(self._rows_of(step))
+        return Counts(
+            items=int(self.parts.target_items[chosen].sum()),
+            tokens_apart=int(self.parts.lengths_apart[chosen].sum()),
+            positions=self.rows_per_step * self.config.row_length,
+        )
 
     def batch(self, step: int) -> PackedBatch:
         """Arrays [A, B, ...] of one optimizer step (counted from 0)."""

@@ -91,9 +91,8 @@ def train(
         seconds = max(now - since, 1e-9)
         totals[:] += (values["tokens"], values["targets"])
         steady = step not in (first + 1, rows_until + 1)  # which compiled
-        examples = plan.items(step - 1)
         record = values | {
-            **meter.step(values, examples, seconds, waited, step <= rows_until, steady),
+            **meter.step(values, plan.counts(step - 1), seconds, waited, step <= rows_until, steady),
             **{name: float(each[step - 1]) for name, each in rates.items()},
             "seconds": round(now - begin, 3),
         }

@@ -1,14 +1,26 @@
-"""Cross-entropy of target tokens only. Axes: B rows, T tokens, K targets, D model, C logit columns."""
+"""Cross-entropy of target tokens only, whose gradient is computed beside it.
+
+Axes: B rows, T tokens, K targets, D model, C logit columns.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from flax import nnx
+from jaxtyping import Array, Float, Int
 
 from sftrec_jax.data.segments import PackedBatch
 from sftrec_jax.model.decoder import Decoder
 
-CHUNK_LOGITS = 1 << 27
-"""Float32 logits held at once (0.5 GB); more targets than that are taken in chunks whose logits are recomputed."""
+CHUNK_LOGITS = {"cpu": 1 << 24}
+"""Float32 logits held at once, by backend and device."""
+ELSE_LOGITS = 1 << 27
+"""On all others (0.5 GB)."""
+Logits = Callable[[list[Array], Array], Array]
+"""(parameters of the head, hidden states [..., D]) -> float32 [..., C]"""
 
 
 def target_loss(decoder: Decoder, batch: PackedBatch, dropout_key: Array | None = None) -> Float[Array, ""]:
@@ -18,32 +30,89 @@ def target_loss(decoder: Decoder, batch: PackedBatch, dropout_key: Array | None 
     """
     hidden = decoder.packed_hidden(batch, dropout_key)
     at_targets = jnp.take_along_axis(hidden, batch.target_positions[:, :, None], axis=1)
-    flat = at_targets.reshape(-1, hidden.shape[-1])
-    labels = decoder.head.column_of()[batch.labels.reshape(-1)]
-    return weighted_cross_entropy(decoder, flat, labels, jnp.asarray(batch.weights).reshape(-1))
+    devices = 1 if decoder.mesh is None else decoder.mesh.shape["data"] * decoder.mesh.shape["fsdp"]
+    logits = CHUNK_LOGITS.get(jax.default_backend(), ELSE_LOGITS) * devices
+    return weighted_cross_entropy(decoder, at_targets, jnp.asarray(batch.labels), jnp.asarray(batch.weights), logits)
 
 
 def weighted_cross_entropy(
-    decoder: Decoder, hidden: Float[Array, "M D"], columns: Array, weights: Float[Array, "M"], chunk_logits: int = CHUNK_LOGITS
+    decoder: Decoder, hidden: Float[Array, "B K D"], labels: Int[Array, "B K"], weights: Float[Array, "B K"], chunk_logits: int
 ) -> Float[Array, ""]:
-    """Sum of weights times cross-entropy; in chunks of targets where M times C exceeds `chunk_logits`."""
+    """Sum of weights times cross-entropy, some targets of each row at a time, so that no more than `chunk_logits` logits exist.
 
-    def part(hidden: Array, columns: Array, weights: Array) -> Array:
-        logits = decoder.logits(hidden)
-        label_logits = jnp.take_along_axis(logits, columns[:, None], axis=1)[:, 0]
-        losses = jax.nn.logsumexp(logits, axis=-1) - label_logits
-        return jnp.sum(jnp.where(weights > 0, losses * weights, 0.0))
+    Gradients are computed with the logits, as Liger Kernel does (Hsu et al. 2024, arXiv:2410.10989), so that nothing as wide
+    as the vocabulary is kept or computed again. A chunk without a weighted target is passed over.
+    """
+    head = decoder.head
+    columns = head.column_of()[labels]
+    rows, targets = labels.shape
+    count = -(-targets * rows * (head.vocab_size + len(head.row_ids)) // chunk_logits)
+    size = -(-targets // min(count, targets))
+    count = -(-targets // size)
 
-    width = decoder.head.vocab_size + len(decoder.head.row_ids)
-    size = max(1, chunk_logits // width)
-    count = hidden.shape[0]
-    if count <= size:
-        return part(hidden, columns, weights)
-    pad = -count % size
-    parts = (
-        jnp.pad(hidden, ((0, pad), (0, 0))).reshape(-1, size, hidden.shape[1]),
-        jnp.pad(columns, (0, pad)).reshape(-1, size),
-        jnp.pad(weights, (0, pad)).reshape(-1, size),
-    )
-    body = jax.checkpoint(lambda total, chunk: (total + part(*chunk), None))
-    return jax.lax.scan(body, jnp.zeros((), jnp.float32), parts)[0]
+    def chunks(x: Array) -> Array:
+        padded = jnp.pad(x, ((0, 0), (0, count * size - targets), *([(0, 0)] * (x.ndim - 2))))
+        return jnp.moveaxis(padded.reshape(rows, count, size, *x.shape[2:]), 1, 0)
+
+    graphdef, table = nnx.split(head)
+    leaves, structure = jax.tree.flatten(table)
+
+    def logits(leaves: list[Array], hidden: Array) -> Array:
+        return nnx.merge(graphdef, jax.tree.unflatten(structure, leaves)).logits(hidden)
+
+    loss: Array = _chunked(logits, leaves, chunks(hidden), chunks(columns), chunks(weights))
+    return loss
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _chunked(logits: Logits, leaves: list[Array], hidden: Array, columns: Array, weights: Array) -> Array:
+    """Sum over chunks, the leading axis of the arrays; logits of a chunk are `logits(leaves, hidden)`."""
+    return _with_gradients(logits, leaves, [False] * len(leaves), hidden, columns, weights)[0]
+
+
+def _with_gradients(
+    logits: Logits, leaves: list[Array], moving: list[bool], hidden: Array, columns: Array, weights: Array
+) -> tuple[Array, list[Array], Array]:
+    """The loss, its gradients by those leaves that are `moving`, and by the hidden states."""
+    wanted = [leaf for leaf, moves in zip(leaves, moving, strict=True) if moves]
+
+    def scores_of(wanted: list[Array], hidden: Array) -> Array:
+        ours = iter(wanted)
+        return logits([next(ours) if moves else leaf for leaf, moves in zip(leaves, moving, strict=True)], hidden)
+
+    def work(hidden: Array, columns: Array, weights: Array) -> tuple[Array, list[Array], Array]:
+        scores, pull = jax.vjp(scores_of, wanted, hidden)
+        own = jnp.take_along_axis(scores, columns[..., None], axis=-1)
+        total = jax.nn.logsumexp(scores, axis=-1, keepdims=True)
+        loss = jnp.sum(jnp.where(weights > 0, (total - own)[..., 0] * weights, 0.0))
+        hit = jnp.arange(scores.shape[-1]) == columns[..., None]
+        return loss, *pull((jnp.exp(scores - total) - hit) * weights[..., None])
+
+    def skip(hidden: Array, *_: Array) -> tuple[Array, list[Array], Array]:
+        return jnp.zeros((), jnp.float32), [jnp.zeros_like(leaf) for leaf in wanted], jnp.zeros_like(hidden)
+
+    def add(carry: tuple[Array, list[Array]], chunk: tuple[Array, Array, Array]) -> tuple[tuple[Array, list[Array]], Array]:
+        *sums, of_hidden = jax.lax.cond(jnp.any(chunk[2] > 0), work, skip, *chunk)
+        loss, gradients = jax.tree.map(jnp.add, carry, tuple(sums))
+        return (loss, gradients), of_hidden
+
+    start = jnp.zeros((), jnp.float32), [jnp.zeros_like(leaf) for leaf in wanted]
+    (loss, gradients), of_hidden = jax.lax.scan(add, start, (hidden, columns, weights))
+    return loss, gradients, of_hidden
+
+
+def _forward(logits: Logits, leaves: Any, hidden: Any, columns: Any, weights: Any) -> tuple[Array, tuple[Any, ...]]:
+    """Arguments say whether they are differentiated."""
+    moving = [leaf.perturbed for leaf in leaves]
+    values = [leaf.value for leaf in leaves]
+    loss, gradients, of_hidden = _with_gradients(logits, values, moving, hidden.value, columns.value, weights.value)
+    ours = iter(gradients)
+    return loss, ([next(ours) if moves else None for moves in moving], of_hidden)
+
+
+def _backward(logits: Logits, saved: tuple[Any, ...], of_loss: Any) -> tuple[Any, ...]:
+    of_leaves, of_hidden = jax.tree.map(lambda x: (x * of_loss).astype(x.dtype), saved)
+    return of_leaves, of_hidden, None, None
+
+
+_chunked.defvjp(_forward, _backward, symbolic_zeros=True)

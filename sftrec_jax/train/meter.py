@@ -10,6 +10,7 @@ import numpy as np
 
 from sftrec_jax.model.architecture import Architecture
 from sftrec_jax.model.layers import AdapterSpec
+from sftrec_jax.train.batches import Counts
 from sftrec_jax.train.flops import peak_flops, step_flops
 
 Method = Literal["rows", "lora", "full"]
@@ -25,7 +26,7 @@ class Meter:
     new_rows: int
     dtype: Any
     devices: int = 1
-    _totals: np.ndarray = field(default_factory=lambda: np.zeros(6))
+    _totals: np.ndarray = field(default_factory=lambda: np.zeros(8))
     _peak: tuple[float, str] | None = None
 
     @property
@@ -38,13 +39,13 @@ class Meter:
         return self._peak
 
     def step(
-        self, values: dict[str, float], examples: int, seconds: float, waited: float, rows_only: bool, steady: bool
+        self, values: dict[str, float], counts: Counts, seconds: float, waited: float, rows_only: bool, steady: bool
     ) -> dict[str, float]:
         """Rates of one step, for its record.
 
         Args:
             values: `tokens`, `targets`, `pairs` of the step (see `make_train_step`).
-            examples: targets as items.
+            counts: what the plan says of the step.
             seconds: since the step before was done.
             waited: seconds of them that the loop waited for the loader.
             rows_only: whether the step trained token rows alone.
@@ -54,18 +55,22 @@ class Meter:
         tokens, targets, pairs = (values[name] for name in ("tokens", "targets", "pairs"))
         flops = step_flops(self.arch, self.adapters, method, tokens, targets, pairs, self.new_rows).total
         if steady:
-            self._totals += (tokens, targets, examples, flops, seconds, waited)
+            self._totals += (tokens, targets, counts.items, flops, seconds, waited, counts.tokens_apart, counts.positions)
         return {
             "tokens_per_s": tokens / seconds,
             "target_tokens_per_s": targets / seconds,
-            "examples_per_s": examples / seconds,
+            "examples_per_s": counts.items / seconds,
             "mfu": flops / seconds / self.peak[0],
             "loader_wait_s": waited,
+            "positions_used": tokens / counts.positions,
+            "saved_by_sharing": counts.tokens_apart / max(tokens, 1),
+            "peak_bytes": memory_peak(),
         }
 
     def summary(self) -> dict[str, Any]:
-        """Rates over all steady steps (empty without one), and the memory peak in bytes."""
-        tokens, targets, examples, flops, seconds, waited = self._totals
+        """Rates over all steady steps (empty without one), share of positions used, tokens of prompts one by one over those
+        trained on, and the memory peak in bytes."""
+        tokens, targets, examples, flops, seconds, waited, apart, positions = self._totals
         found: dict[str, Any] = {"peak_bytes": memory_peak()}
         if seconds:
             found |= {
@@ -75,6 +80,8 @@ class Meter:
                 "flops_per_s": flops / seconds,
                 "mfu": flops / seconds / self.peak[0],
                 "loader_wait_share": waited / seconds,
+                "positions_used": tokens / positions,
+                "saved_by_sharing": apart / max(tokens, 1),
             }
         return found
 
@@ -87,6 +94,7 @@ class Meter:
         return (
             f"{s['tokens_per_s']:,.0f} tokens/s, {s['examples_per_s']:,.1f} targets/s ({s['target_tokens_per_s']:,.0f} tokens); "
             f"{s['flops_per_s'] / 1e9:,.0f} GFLOP/s, MFU {s['mfu']:.1%} of {peak / 1e9:,.0f} ({how}); "
+            f"{s['positions_used']:.1%} of positions used, {s['saved_by_sharing']:.2f} times as many tokens one by one; "
             f"waited for the loader {s['loader_wait_share']:.1%} of the time; {memory}"
         )
 

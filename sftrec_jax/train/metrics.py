@@ -58,7 +58,8 @@ class TrainProgress:
         """Shows the numbers of a finished step (counted from 1)."""
         text = (
             f"loss {record['loss']:.3f}  {record['tokens_per_s']:,.0f} tokens/s  {record['examples_per_s']:,.1f} targets/s "
-            f"({record['target_tokens_per_s']:,.0f} tokens)  MFU {record['mfu']:.1%}"
+            f"({record['target_tokens_per_s']:,.0f} tokens)  MFU {record['mfu']:.1%}  {record['positions_used']:.0%} full  "
+            f"{record['saved_by_sharing']:.1f}x by sharing  {record['peak_bytes'] / 1e9:.1f} GB"
         )
         self._bar.update(self._task, completed=step, text=text)
         now = time.monotonic()
