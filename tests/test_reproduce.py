@@ -11,6 +11,12 @@ from sftrec_jax.cli import main
 from sftrec_jax.run import evaluation, stages
 
 
+@pytest.fixture(autouse=True, scope="module")
+def published() -> None:
+    """The project stands before any test takes a stage away."""
+    project()
+
+
 def reproduced(capsys: pytest.CaptureFixture[str], *options: str) -> tuple[int, str]:
     capsys.readouterr()
     with inside(project()):
