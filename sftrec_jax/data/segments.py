@@ -154,13 +154,17 @@ class Segments:
         return self.windows.end - self.windows.first
 
     @cached_property
-    def lengths_apart(self) -> np.ndarray:
-        """int64 [n] tokens of each segment's targets where each has a prompt of its own."""
+    def _apart(self) -> np.ndarray:
         trunk, w = self._sums[0], self.windows
         before, fed = (np.concatenate([[0], np.cumsum(x)]) for x in (trunk[:-1], self._fed))
         count = w.end - w.first
         own: np.ndarray = before[w.end] - before[w.first] + fed[w.end] - fed[w.first]
         return own + count * (_size(self.pieces.head) - trunk[w.begin])
+
+    @property
+    def lengths_apart(self) -> np.ndarray:
+        """int64 [n] tokens of each segment's targets where each has a prompt of its own."""
+        return self._apart
 
     def within(self, tokens: int, targets: int) -> "Segments":
         """The same targets in segments that fit a row of so many tokens and target tokens."""
