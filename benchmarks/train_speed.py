@@ -10,14 +10,14 @@ pass of each is left out.
 
 Rows: `windows of 26 to 50 items, no text after the history`; `the same with 9 tokens after it`; `exactly the last 20 items, no
 text after`. TRL runs in the fastest of float32 and bfloat16, padded in batches of like lengths and padding-free, whose loss is
-right on the first row; all of them are printed, and one whose head is patched to score targets alone, which TRL does on a GPU
-only (`patched_over_taken`). `--quick` takes float32 padding-free, four at a time. The second and third row have 64 examples and
-two repetitions.
+right on the first row measured; all are printed, and one whose head is patched to score targets alone, which TRL does on a
+GPU only (`patched_over_taken`). `--quick` takes float32 padding-free, four at a time. Rows after the first measured have 64
+examples and two repetitions.
 
-The last line is one JSON object, of the first row: `examples_per_s_trl`, `ratio_plain` and `ratio_shared` (our examples a second
-over TRL's, without and with sharing; medians over the repetitions), `token_ratio` (tokens of the whole data one by one over those
-shared), `loss_gap` (largest difference of the three first losses, nats a target token), `goal_shared` (0.85 x token_ratio x
-ratio_plain), `patched_over_taken`, `rows`, `device`, `versions`.
+The last line is one JSON object, of the first row measured: `examples_per_s_trl`, `ratio_plain` and `ratio_shared` (our examples
+a second over TRL's, without and with sharing; medians over the repetitions), `token_ratio` (tokens of the whole data one by one
+over those shared), `loss_gap` (largest difference of the three first losses, nats a target token), `goal_shared` (0.85 x
+token_ratio x ratio_plain), `patched_over_taken`, `rows`, `device`, `versions`.
 """
 
 import argparse
@@ -70,7 +70,7 @@ CONTEXT = 8192
 BATCH = 32
 """Examples an optimizer step."""
 LONGEST_ROW = 2048
-"""Row lengths up to this are tried."""
+"""Row lengths up to this are tried, longer ones where a segment is longer."""
 TOLERANCE = 0.05
 """The sample's token ratio is that of the whole data within this share."""
 PAUSE = 0.3
@@ -143,14 +143,15 @@ def lead(users: np.ndarray, targets: np.ndarray, wanted: int) -> tuple[np.ndarra
 
 
 class OurSide:
-    """The package's training step over segments, `BATCH` examples a step on average, in rows as long as makes them fullest."""
+    """The package's training step over segments, `BATCH` examples a step on average, in rows that make the fewest positions."""
 
     def __init__(self, segments: Segments, steps: int, codes: ItemCodes):
         self.segments, self.steps = segments, steps
         plans = [BatchPlan(segments, TrainConfig(row_length=length)) for length in row_lengths(segments)]
-        fullest = max((p for p in plans if len(p.rows(0)) % steps == 0), key=lambda p: p.efficiency())
+        # Not the fullest: a row too short for a segment divides it, and its beginning stands there twice.
+        least = min((p for p in plans if len(p.rows(0)) % steps == 0), key=lambda p: len(p.rows(0)) * p.config.row_length)
         config = TrainConfig(
-            row_length=fullest.config.row_length, batch_rows=1, accumulate=len(fullest.rows(0)) // steps, learning_rate=1e-4
+            row_length=least.config.row_length, batch_rows=1, accumulate=len(least.rows(0)) // steps, learning_rate=1e-4
         )
         self.plan = BatchPlan(segments, config)
         model = ModelConfig(base="smollm2-135m", remat="none")
@@ -184,9 +185,9 @@ class OurSide:
 
 
 def row_lengths(segments: Segments) -> range:
-    """Those tried: from the longest example on."""
-    least = int(segments.apart().lengths.max())
-    return range(-(-least // 8) * 8, max(LONGEST_ROW, least + 8) + 1, 8)
+    """Those tried: from the longest example on, to a length that divides no segment."""
+    least, whole = (-(-int(s.lengths.max()) // 8) * 8 for s in (segments.apart(), segments))
+    return range(least, max(LONGEST_ROW, whole + whole // 16) + 1, 8)
 
 
 def in_torch(segments: Segments) -> list[tuple[list[int], list[int]]]:
@@ -293,12 +294,14 @@ def measure(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="the first row alone, TRL in float32, padding-free")
+    parser.add_argument("--quick", action="store_true", help="the first row alone, TRL in float32, padding-free, fewer examples")
     parser.add_argument(
         "--examples", type=int, help=f"examples of the sample, a multiple of {BATCH} (quick: {2 * BATCH}, else {4 * BATCH})"
     )
     parser.add_argument("--repetitions", type=int, help="passes of each side (quick: 2, else 3)")
+    parser.add_argument("--rows", type=int, nargs="+", choices=(1, 2, 3), help="which rows (quick: 1, else all)")
     args = parser.parse_args()
+    args.rows = args.rows or ([1] if args.quick else [1, 2, 3])
     args.examples = args.examples or (2 * BATCH if args.quick else 4 * BATCH)
     args.repetitions = args.repetitions or (2 if args.quick else 3)
     if args.examples % BATCH:
@@ -312,14 +315,12 @@ def main() -> None:
         base = write_base(Path(folder) / "base")
         variant = QUICK if args.quick else None
         rows = []
-        for name, prompt in PROMPTS.items():
+        for name, prompt in (list(PROMPTS.items())[row - 1] for row in sorted(set(args.rows))):
             print(f"== {name}")
             builder = prompt_builder(prompt, codes, tokenizer, CONTEXT)
             size = (2 * BATCH, 2) if rows else (args.examples, args.repetitions)
             row, variant = measure(builder, dataset, base, *size, variant)
             rows.append({"row": name, **row})
-            if args.quick:
-                break
     kept = ("examples_per_s_trl", "ratio_plain", "ratio_shared", "token_ratio", "loss_gap", "goal_shared", "patched_over_taken")
     packages = ("jax", "flax", "torch", "transformers", "trl", "peft")
     print(json.dumps({

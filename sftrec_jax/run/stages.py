@@ -57,7 +57,7 @@ def train_stage(session: Session, resume: bool) -> TrainResult:
     console.print(f"parameters: {_size(trained):,} trained of {_size(trained) + _size(frozen):,} ({t.method})")
     console.print(
         f"examples: {counts['examples']:,} with {int(plan.targets.sum()):,} targets in {int(plan.lengths.sum()):,} tokens; "
-        f"{sharing}; rows of {t.row_length}, {plan.efficiency():.1%} of positions used; "
+        f"{sharing}{_divided(segments, plan)}; rows of {t.row_length}, {plan.efficiency():.1%} of positions used; "
         + ", ".join(f"{name} {count:,}" for name, count in counts.items() if "cut" in name or "left" in name)
     )
     console.print(
@@ -96,6 +96,14 @@ def training_segments(session: Session) -> tuple[Segments, str]:
         )
     saved = int(apart.lengths.sum()) / max(int(made.lengths.sum()), 1)
     return made, f"beginnings shared, {saved:.2f} times as many tokens one by one"
+
+
+def _divided(segments: Segments, plan: BatchPlan) -> str:
+    """What it costs that rows hold no more: a segment divided has its beginning twice."""
+    more, whole = int(plan.lengths.sum()), int(segments.lengths.sum())
+    if more <= whole:
+        return ""
+    return f", {more / whole - 1:.1%} of tokens twice (train.row_length {int(segments.lengths.max())} would divide no segment)"
 
 
 def _when(config: TrainConfig, steps: int) -> str:
