@@ -83,7 +83,9 @@ def by_hand(lists: dict[str, list[str]], users: list[str], ks: tuple[int, ...]) 
     return out
 
 
-@pytest.mark.parametrize("ending", [pytest.param(".csv", marks=pytest.mark.slow), ".jsonl", ".parquet"])
+@pytest.mark.parametrize(
+    "ending", [pytest.param(".csv", marks=pytest.mark.slow), pytest.param(".jsonl", marks=pytest.mark.slow), ".parquet"]
+)
 def test_metrics_are_those_of_counting_by_hand(tmp_path: Path, ending: str, capsys: pytest.CaptureFixture[str]) -> None:
     """Rows in any order; columns that say nothing are passed over; cut-offs end with the shortest list."""
     rows = [row | {"title": "x"} for row in rows_of(unrelated())]
