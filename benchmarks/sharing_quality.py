@@ -69,8 +69,8 @@ def users_a_step(segments: Segments, owner: np.ndarray, plan: BatchPlan) -> floa
     """Mean number of users whose targets an optimizer step of the first epoch has; `owner` of each interaction."""
     parts = plan.parts
     assert isinstance(parts, Segments)
-    rows = plan.rows(0)
-    whole = [np.concatenate(rows[at : at + plan.rows_per_step]) for at in range(0, len(rows), plan.rows_per_step)]
+    rows, size = plan.rows(0), plan.rows_per_step
+    whole = [np.concatenate([rows[i] for i in range(at, min(at + size, len(rows)))]) for at in range(0, len(rows), size)]
     return float(np.mean([len(np.unique(owner[parts.windows.first[chosen]])) for chosen in whole]))
 
 

@@ -104,6 +104,21 @@ def test_efficiency_is_the_share_of_filled_positions() -> None:
     assert plan.efficiency() == pytest.approx(filled / (plan.steps * ROW))
 
 
+@pytest.mark.parametrize(
+    ("sizes", "room", "rows"),
+    [
+        # Full rows with a target each; the others have targets alone, of which K = 8 would hold one example and 16 two.
+        ([(64, 1)] * 100 + [(8, 8)] * 32, 16, 116),
+        # An average row of 32 has 4 targets; half as many again, in eights.
+        ([(32, 2)] * 64, 8, 32),
+    ],
+)
+def test_rows_have_room_for_more_targets_where_that_saves_rows(sizes: list[tuple[int, int]], room: int, rows: int) -> None:
+    plan = BatchPlan(ExampleList([example(i, *size) for i, size in enumerate(sizes)]), TrainConfig(row_length=64))
+    assert plan.targets_per_row == room and len(plan.rows(0)) == rows
+    assert plan.batch(0).labels.shape[-1] == room
+
+
 def test_no_examples_is_the_users_problem() -> None:
     with pytest.raises(UserError, match="no training example.*data.user_core"):
         BatchPlan(ExampleList([]), TrainConfig())

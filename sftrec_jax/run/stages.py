@@ -29,6 +29,7 @@ from sftrec_jax.train.calibrate import calibrate
 from sftrec_jax.train.loop import TrainResult, train
 from sftrec_jax.train.meter import Meter
 from sftrec_jax.train.optimizer import rows_only_steps
+from sftrec_jax.train.row_length import better_row_length
 
 CARD_METRICS = ("recall@5", "recall@10", "ndcg@5", "ndcg@10", "mrr")
 
@@ -57,7 +58,7 @@ def train_stage(session: Session, resume: bool) -> TrainResult:
     console.print(f"parameters: {_size(trained):,} trained of {_size(trained) + _size(frozen):,} ({t.method})")
     console.print(
         f"examples: {counts['examples']:,} with {int(plan.targets.sum()):,} targets in {int(plan.lengths.sum()):,} tokens; "
-        f"{sharing}{_divided(segments, plan)}; rows of {t.row_length}, {plan.efficiency():.1%} of positions used; "
+        f"{sharing}; {_fit(segments, plan)}; "
         + ", ".join(f"{name} {count:,}" for name, count in counts.items() if "cut" in name or "left" in name)
     )
     console.print(
@@ -98,12 +99,15 @@ def training_segments(session: Session) -> tuple[Segments, str]:
     return made, f"beginnings shared, {saved:.2f} times as many tokens one by one"
 
 
-def _divided(segments: Segments, plan: BatchPlan) -> str:
-    """What it costs that rows hold no more: a segment divided has its beginning twice."""
-    more, whole = int(plan.lengths.sum()), int(segments.lengths.sum())
-    if more <= whole:
-        return ""
-    return f", {more / whole - 1:.1%} of tokens twice (train.row_length {int(segments.lengths.max())} would divide no segment)"
+def _fit(segments: Segments, plan: BatchPlan) -> str:
+    """How well segments fill rows, and which length of rows would do better."""
+    config, more, whole = plan.config, int(plan.lengths.sum()), int(segments.lengths.sum())
+    said = f"rows of {config.row_length}, {plan.efficiency():.1%} of positions used"
+    if more > whole:
+        said += f", {more / whole - 1:.1%} more tokens since segments longer than a row are divided"
+    if better := better_row_length(segments, config):
+        said += f" (train.row_length {better[0]}: {1 - better[1]:.0%} fewer positions an epoch)"
+    return said
 
 
 def _when(config: TrainConfig, steps: int) -> str:

@@ -14,6 +14,11 @@ from sftrec_jax.data.plan import Plan, plan_epoch
 from sftrec_jax.data.segments import PackedBatch
 from sftrec_jax.errors import UserError
 
+ROOM = (1.5, 3.0)
+"""Targets that rows have room for, over those of an average one. Room that is not used costs little (see `train/loss.py`)."""
+WORTH = 0.99
+"""The second is taken where it makes no more than this share of the rows."""
+
 
 @runtime_checkable
 class Packable(Protocol):
@@ -91,16 +96,25 @@ class BatchPlan:
 
     @functools.cached_property
     def targets_per_row(self) -> int:
-        """K: room for the targets that a full row has on average and half as many again, at least the longest target."""
+        """K, at least the longest target: room for the targets that a full row has on average and half as many again; twice as
+        much where that saves rows, as with short histories that have a target at every place among long ones."""
         share = self.examples.targets.sum() / self.examples.lengths.sum()
-        room = math.ceil(min(1.5 * share, 1.0) * self.config.row_length / 8) * 8
-        return max(room, self.examples.longest)
+        tight, wide = (
+            max(math.ceil(min(room * share, 1.0) * self.config.row_length / 8) * 8, self.examples.longest) for room in ROOM
+        )
+        if tight == wide:
+            return tight
+        rows = [len(self._plan(self.examples.within(self.config.row_length, k), k, 0)) for k in (tight, wide)]
+        return wide if rows[1] <= WORTH * rows[0] else tight
+
+    def _plan(self, parts: Packable, targets_per_row: int, epoch: int) -> Plan:
+        c = self.config
+        return plan_epoch(parts.lengths, parts.targets, c.row_length, targets_per_row, c.seed, epoch)
 
     @functools.lru_cache(maxsize=2)  # noqa: B019  (a plan lives as long as its run)
     def rows(self, epoch: int) -> Plan:
         """Rows (arrays of indices of `parts`) of an epoch."""
-        c = self.config
-        return plan_epoch(self.lengths, self.targets, c.row_length, self.targets_per_row, c.seed, epoch)
+        return self._plan(self.parts, self.targets_per_row, epoch)
 
     @property
     def rows_per_step(self) -> int:
