@@ -146,7 +146,7 @@ def _parser() -> argparse.ArgumentParser:
     again.add_argument("--out", type=Path, metavar="DIR", help="runs go to DIR/NAME/seed-S (default: runs/reproduce)")
     again.add_argument("--publish", action="store_true", help="write docs/results/NAME.json and NAME.top10.parquet")
     again.add_argument("--from-runs", type=Path, nargs="+", metavar="RUN", help="publish these finished runs, each one seed")
-    again.add_argument("--title", metavar="TEXT", help="with --publish: what the result is, for tables")
+    again.add_argument("--title", metavar="TEXT", help="with --publish: what the result is, for tables (default: as published)")
     again.add_argument("--overwrite", action="store_true", help="with --publish: replace a result of that name")
     check = verb("verify-results", "Compute published metrics again from the lists beside them.", folder=False)
     check.add_argument("files", metavar="FILE", nargs="*", help="docs/results/NAME.json, or NAME")

@@ -60,10 +60,12 @@ def test_finished_runs_are_published_as_they_are(tmp_path: Path, capsys: pytest.
     assert values["minutes"] == pytest.approx(sum(seconds) / 2 / 60)
     code, said = published_from(tmp_path, runs, capsys)
     assert code == 2 and "both.json: is published already; add --overwrite" in said
+    assert published_from(tmp_path, runs[1:], capsys, "--overwrite", "--title", "new")[0] == 0
+    (tmp_path / "docs/results/both.top10.parquet").unlink()
     assert published_from(tmp_path, runs[1:], capsys, "--overwrite")[0] == 0
     one = json.loads((tmp_path / "docs/results/both.json").read_text(encoding="utf-8"))
     result = json.loads((runs[1] / "metrics.json").read_text(encoding="utf-8"))
-    assert one["spread"] is None and one["seeds"][0]["seed"] == 8
+    assert one["spread"] is None and one["seeds"][0]["seed"] == 8 and one["title"] == "new", "the title stays"
     for name in ("recall@10", "ndcg@5", "mrr@1"):
         # One seed: what the evaluation of the run wrote.
         assert one["ci"]["model"][name] == pytest.approx(result["ci"]["model"][name])

@@ -81,7 +81,7 @@ def publish(
         name: of the result.
         runs: folders of finished runs of one configuration, which differ in `train.seed` and `data.tie_seed` alone.
         folder: PROJECT/docs/results, made where it is not there.
-        title: what the result is, for tables.
+        title: what the result is, for tables; None: that of the result it replaces.
         overwrite: replace a result of that name.
 
     Returns: the path of the JSON and what is in it.
@@ -113,7 +113,7 @@ def publish(
     timed = all(m is not None for m in minutes)
     record = {
         "name": name,
-        "title": title,
+        "title": title if title is not None else _title(path),
         "command": f"sftrec reproduce {name}",
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "hardware": seeds[0].pop("hardware"),
@@ -143,6 +143,15 @@ def free_place(name: str, folder: Path, overwrite: bool) -> Path:
     if taken is not None and not overwrite:
         raise UserError(f"{taken}: is published already; add --overwrite to replace it, or choose another name")
     return path
+
+
+def _title(path: Path) -> str | None:
+    """Of a result that is there; None too where it cannot be read, since it is about to be replaced."""
+    try:
+        title = json.loads(path.read_text(encoding="utf-8")).get("title")
+    except (OSError, ValueError, AttributeError):
+        return None
+    return title if isinstance(title, str) else None
 
 
 def _seed_run(path: Path) -> SeedRun:
