@@ -31,7 +31,6 @@ import gzip
 import json
 import math
 import os
-import sys
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -41,6 +40,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from command import run_main
 from jax import lax
 from static_trie import Chosen, StaticTrie, build
 
@@ -354,8 +354,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    run_main(main)

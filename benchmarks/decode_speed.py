@@ -38,6 +38,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import torch
+from command import run_main
 from flax import nnx
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers import logging as transformers_logging
@@ -348,8 +349,4 @@ def check_plot(file: Path) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    run_main(main)

@@ -11,17 +11,16 @@ level `perplexity_levels`, `usage_levels`, `error_levels`; the same for LETTER's
 import argparse
 import dataclasses
 import json
-import sys
 import time
 from collections.abc import Callable, Sequence
 
 import numpy as np
+from command import run_main
 from transformers import AutoTokenizer
 
 from sftrec_jax.config import DataConfig, SemanticConfig
 from sftrec_jax.data.known import check_present, data_root
 from sftrec_jax.data.prepare import prepare_dataset
-from sftrec_jax.errors import UserError
 from sftrec_jax.items.embed.clusters import cluster_paths
 from sftrec_jax.items.embed.collaborative import cooccurrence, ppmi_vectors
 from sftrec_jax.items.embed.combine import combine
@@ -140,8 +139,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    run_main(main)

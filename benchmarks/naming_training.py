@@ -12,16 +12,15 @@ import argparse
 import dataclasses
 import json
 import shutil
-import sys
 import tempfile
 import time
 from pathlib import Path
 
 import numpy as np
+from command import run_main
 
 from sftrec_jax.config import RunConfig
 from sftrec_jax.config_file import load_config, parse_config, to_dict
-from sftrec_jax.errors import UserError
 from sftrec_jax.run import evaluation, stages
 from sftrec_jax.run.folder import RunFolder
 from sftrec_jax.run.session import Session, prepare
@@ -119,8 +118,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    run_main(main)

@@ -150,6 +150,8 @@ def plot(points: list[dict[str, Any]], to: Path) -> None:
         panel.loglog(x, [p["seconds"] for p in here], "o-", label="seconds")
         panel.loglog(x, [p["gigabytes"] for p in here], "s--", label="peak GB of the process")
         panel.loglog(x, [here[0]["seconds"] * v / x[0] for v in x], ":", color="grey", label="linear in the first point")
+        panel.set_xticks(x, [f"{v:,}" if v < 10_000 else f"{v:.0e}" for v in x])
+        panel.minorticks_off()
         panel.set_xlabel(axis)
         panel.grid(alpha=0.3)
     panels.flat[0].legend()

@@ -14,17 +14,16 @@ The last line is JSON: for each variant `ndcg@10` (mean over seeds) and `ndcg@10
 import argparse
 import dataclasses
 import json
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from command import run_main
 
 from sftrec_jax.config import PromptConfig, RunConfig, TrainConfig
 from sftrec_jax.config_file import load_config
 from sftrec_jax.data.segments import Segments
-from sftrec_jax.errors import UserError
 from sftrec_jax.run import stages
 from sftrec_jax.run.folder import RunFolder
 from sftrec_jax.run.session import prepare
@@ -118,8 +117,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    run_main(main)

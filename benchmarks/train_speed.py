@@ -25,7 +25,6 @@ import json
 import os
 import platform
 import statistics
-import sys
 import tempfile
 import time
 from dataclasses import dataclass
@@ -35,6 +34,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from command import run_main
 from flax import nnx
 from trl_side import IGNORED, TrlSide, write_base
 
@@ -332,7 +332,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UserError as error:
-        sys.exit(f"error: {error}")
+    run_main(main)

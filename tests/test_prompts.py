@@ -103,6 +103,20 @@ def test_items_are_dropped_whole_until_the_answer_fits(history, context, coding)
     assert builder.counts["items_cut_to_context"] == min(6, len(history)) - n
 
 
+@settings(max_examples=60, deadline=None)
+@given(history=HISTORY, context=st.integers(24, 60), stride=st.integers(1, 4))
+def test_examples_cut_to_the_context_are_counted(history, context, stride) -> None:
+    """By their tokens, against a context without end; what a stride leaves out is not cut."""
+    config = PromptConfig("instruct", 4, prefix="A", separator=",", suffix="Z", stride=stride)
+    builder, _, _ = make(config, "atomic", context)
+    free, _, _ = make(config, "atomic")
+    whole = free.examples(as_array(history))
+    assert free.counts["examples_cut_to_context"] == 0
+    made = builder.examples(as_array(history))
+    shorter = sum(len(a.tokens) < len(b.tokens) for a, b in zip(made, whole, strict=True))
+    assert builder.counts["examples_cut_to_context"] == shorter
+
+
 @settings(max_examples=30, deadline=None)
 @given(history=HISTORY, context=st.integers(14, 40))
 def test_stream_windows_shrink_to_the_context(history, context) -> None:

@@ -26,6 +26,7 @@ def load(name: str) -> ModuleType:
     return module
 
 
+load("command")
 static_trie = load("static_trie")
 constraint_step = load("constraint_step")
 

@@ -101,17 +101,17 @@ class PromptBuilder:
             wanted = Windows(histories.begin, np.minimum(first, ends), ends)
             windows = with_history(sums, wanted, self.max_history, self.context - self._frame(), self.stride)
             too_long = windows.begin == windows.first
-            each = one_by_one(windows)
-            begins = histories.begin[np.searchsorted(ends, each.first, side="right")]
-            cut = each.begin > np.maximum(begins, each.first - self.max_history)
-            examples, item = len(each), windows.first - 1
+            examples, item = int((windows.end - windows.first).sum()), windows.first - 1
+            free = with_history(sums, wanted, self.max_history, int(sums[-1]) * self.max_history, self.stride)
+            # One that is too long ends the search for windows.
+            cut = np.zeros(0) if too_long.any() else one_by_one(windows).begin > one_by_one(free).begin
         if too_long.any():
             raise self._too_long(int(items[item[too_long.argmax()]]))
         made = Segments(items, windows, self.pieces)
         targets = int(made.target_items.sum())
         self.counts["examples"] += examples
         self.counts["targets"] += int(made.targets.sum())
-        self.counts["examples_cut_to_context"] += int(cut.sum())
+        self.counts["examples_cut_to_context"] += int(cut.sum())  # against the same windows in any number of tokens
         self.counts["training_items_left_out"] += int(np.maximum(ends - histories.first, 0).sum()) - targets
         return made
 
@@ -137,8 +137,9 @@ class PromptBuilder:
         frame = len(self.bos) + len(self.prefix) + len(self.suffix) + self.codes.codes.shape[1]
         if frame > self.context:
             raise UserError(
-                f"the prompt without any item and the answer take {frame} tokens but the context has {self.context}; "
-                "shorten prompt.prefix and prompt.suffix, or lower items.max_title_tokens"
+                f"the prompt without any item and the answer take {frame} tokens but the context has {self.context} (the "
+                "smaller of the model's and train.row_length); raise train.row_length, shorten prompt.prefix and "
+                "prompt.suffix, or lower items.max_title_tokens"
             )
         return frame
 
@@ -180,8 +181,9 @@ class PromptBuilder:
 
     def _too_long(self, item: int) -> UserError:
         return UserError(
-            f"item {str(self.codes.titles[item])!r} and the answer do not fit into the context of {self.context} tokens; "
-            "shorten prompt.prefix, prompt.suffix or the title, or lower items.max_title_tokens"
+            f"item {str(self.codes.titles[item])!r} and the answer do not fit into the context of {self.context} tokens, the "
+            "smaller of the model's and train.row_length; raise that, shorten prompt.prefix, prompt.suffix or titles, or lower "
+            "items.max_title_tokens"
         )
 
 

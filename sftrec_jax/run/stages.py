@@ -34,6 +34,10 @@ from sftrec_jax.train.row_length import better_row_length
 CARD_METRICS = ("recall@5", "recall@10", "ndcg@5", "ndcg@10", "mrr")
 
 
+LONG = 2
+"""With more segments a user than this, most are targets whose prompts begin elsewhere each."""
+
+
 def _size(state: nnx.State) -> int:
     return sum(int(np.prod(x.shape)) for x in jax.tree.leaves(state))
 
@@ -57,13 +61,29 @@ def train_stage(session: Session, resume: bool) -> TrainResult:
     console.print(f"compute: {dtype.name} ({why}); adapters and optimizer float32; remat {remat} ({reason})")
     console.print(f"parameters: {_size(trained):,} trained of {_size(trained) + _size(frozen):,} ({t.method})")
     console.print(
-        f"examples: {counts['examples']:,} with {int(plan.targets.sum()):,} targets in {int(plan.lengths.sum()):,} tokens; "
-        f"{sharing}; {_fit(segments, plan)}; "
-        + ", ".join(f"{name} {count:,}" for name, count in counts.items() if "cut" in name or "left" in name)
+        f"examples: {counts['examples']:,} with {int(plan.targets.sum()):,} target tokens in {int(plan.lengths.sum()):,} tokens; "
+        f"{sharing}, {segments.lengths_apart.sum() / plan.lengths.sum():.2f} times as many tokens one by one"
     )
+    console.print(f"rows: {_fit(segments, plan)}")
+    if cut := counts["examples_cut_to_context"]:
+        short = t.row_length < build.arch.context
+        console.print(
+            f"context: {cut:,} of {counts['examples']:,} examples are cut to their newest items, since "
+            + (
+                f"train.row_length is {t.row_length}; raise it"
+                if short
+                else f"the model sees {build.arch.context} tokens; use another"
+            )
+            + " or lower prompt.max_history"
+        )
+    if left := counts["training_items_left_out"]:
+        console.print(
+            f"no target: {left:,} training items (the first of a history in prompt.format instruct; prompt.windows last)"
+        )
     console.print(
         f"batch: {t.accumulate} passes x {t.batch_rows} rows x {t.row_length} tokens = "
-        f"{t.accumulate * t.batch_rows * t.row_length:,} positions a step; {plan.steps:,} steps, {t.epochs:g} epochs"
+        f"{t.accumulate * t.batch_rows * t.row_length:,} positions a step; {plan.steps:,} steps, "
+        f"{plan.steps * plan.rows_per_step / len(plan.rows(0)):.3g} epochs"
     )
     if t.rows_first:
         console.print(_when(t, plan.steps))
@@ -87,16 +107,18 @@ def training_segments(session: Session) -> tuple[Segments, str]:
     made = session.prompts.segments(session.dataset.items, session.dataset.training)
     if session.prompts.format == "stream":
         return made, "every item of a stream is a target"
-    apart, setting = made.apart(), session.config.train.share_prefixes
+    setting, lora = session.config.train.share_prefixes, session.config.lora
     if setting == "off":
-        return apart, "prompts one by one, as configured"
-    if setting == "auto" and session.config.lora.dropout:
-        return (
-            apart,
-            "prompts one by one, since lora.dropout would draw one noise for a shared beginning",
-        )
-    saved = int(apart.lengths.sum()) / max(int(made.lengths.sum()), 1)
-    return made, f"beginnings shared, {saved:.2f} times as many tokens one by one"
+        return made.apart(), "prompts one by one, as configured"
+    if setting == "auto" and lora.dropout:
+        return made.apart(), "prompts one by one, since lora.dropout would draw one noise for a shared beginning"
+    said = "beginnings shared"
+    if lora.dropout:
+        said += " as configured, with one noise of lora.dropout for all targets of a beginning"
+    prompt = session.config.prompt
+    if prompt.stride == 1 and len(made) > LONG * len(session.dataset.training):
+        said += f" (prompt.stride {max(2, prompt.max_history // 2)} would share more of long histories)"
+    return made, said
 
 
 def _fit(segments: Segments, plan: BatchPlan) -> str:

@@ -82,7 +82,7 @@ class BatchPlan:
     @functools.cached_property
     def parts(self) -> Packable:
         """The examples, none larger than a row."""
-        return self.examples.within(self.config.row_length, self.targets_per_row)
+        return self._parts(self.targets_per_row)
 
     @property
     def lengths(self) -> np.ndarray:
@@ -104,17 +104,20 @@ class BatchPlan:
         )
         if tight == wide:
             return tight
-        rows = [len(self._plan(self.examples.within(self.config.row_length, k), k, 0)) for k in (tight, wide)]
-        return wide if rows[1] <= WORTH * rows[0] else tight
-
-    def _plan(self, parts: Packable, targets_per_row: int, epoch: int) -> Plan:
-        c = self.config
-        return plan_epoch(parts.lengths, parts.targets, c.row_length, targets_per_row, c.seed, epoch)
+        return wide if len(self._plan(wide, 0)) <= WORTH * len(self._plan(tight, 0)) else tight
 
     @functools.lru_cache(maxsize=2)  # noqa: B019  (a plan lives as long as its run)
+    def _parts(self, targets_per_row: int) -> Packable:
+        return self.examples.within(self.config.row_length, targets_per_row)
+
+    @functools.lru_cache(maxsize=2)  # noqa: B019
+    def _plan(self, targets_per_row: int, epoch: int) -> Plan:
+        c, parts = self.config, self._parts(targets_per_row)
+        return plan_epoch(parts.lengths, parts.targets, c.row_length, targets_per_row, c.seed, epoch)
+
     def rows(self, epoch: int) -> Plan:
         """Rows (arrays of indices of `parts`) of an epoch."""
-        return self._plan(self.parts, self.targets_per_row, epoch)
+        return self._plan(self.targets_per_row, epoch)
 
     @property
     def rows_per_step(self) -> int:

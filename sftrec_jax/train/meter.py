@@ -90,7 +90,7 @@ class Meter:
         s, (peak, how) = self.summary(), self.peak
         memory = f"memory peak {s['peak_bytes'] / 1e9:.2f} GB"
         if "mfu" not in s:
-            return memory
+            return f"{memory}; no step without compiling to time"
         return (
             f"{s['tokens_per_s']:,.0f} tokens/s, {s['examples_per_s']:,.1f} targets/s ({s['target_tokens_per_s']:,.0f} tokens); "
             f"{s['flops_per_s'] / 1e9:,.0f} GFLOP/s, MFU {s['mfu']:.1%} of {peak / 1e9:,.0f} ({how}); "
