@@ -71,7 +71,7 @@ def _parser() -> argparse.ArgumentParser:
         return sub
 
     run = verb("run", "Prepare, train, evaluate and export in one go.", config=True)
-    run.add_argument("--resume", action="store_true", help="go on with the run in DIR from its newest checkpoint")
+    run.add_argument("--resume", action="store_true", help="go on with the run in DIR; CONFIG may be left out")
     verb("prepare", "Read and split the data, name the items.", config=True)
     train = verb("train", "Train a prepared run.")
     train.add_argument("--resume", action="store_true", help="go on from the newest checkpoint")
@@ -164,10 +164,12 @@ def _new_run(args: argparse.Namespace, extra: Sequence[str]) -> Any:
 
     if args.help_config:
         show_config()
-    config = configure(args.config, extra)
+    resume = getattr(args, "resume", False)
+    written = args.out / "config.yaml" if resume and args.out and not args.config else args.config
+    config = configure(written, extra)
     from sftrec_jax.run.folder import new_run
 
-    return config, new_run(args.out or _default_out(args.config), config, getattr(args, "resume", False), args.overwrite)
+    return config, new_run(args.out or _default_out(args.config), config, resume, args.overwrite)
 
 
 def _command(argv: Sequence[str]) -> str:

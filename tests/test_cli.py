@@ -199,7 +199,7 @@ def test_a_folder_in_use_is_refused_or_gone_on_with(tmp_path: Path, capsys: pyte
     assert (out / "checkpoints" / "4").is_dir()
     assert main(["train", str(out)]) == 2
     assert "--resume" in capsys.readouterr().err
-    assert main(["run", config, "--out", str(out), "--resume"]) == 0  # trained already: evaluates and exports
+    assert main(["run", "--out", str(out), "--resume"]) == 0  # trained already: evaluates and exports, by the run's own config
     first, later = (json.loads((r / "metrics.json").read_text(encoding="utf-8"))["model"] for r in (trained(), out))
     assert first == later  # verb by verb gives what `run` gives
 
