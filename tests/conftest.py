@@ -11,7 +11,10 @@ from jaxtyping import install_import_hook
 # The tests compile hundreds of small programs and run each a few times: unoptimised code halves their time. Before jax starts.
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0".strip()
 
-MODEL = ("architecture", "attention", "decoder", "layers", "load", "merge", "sharding", "weights")
+MODEL = (
+    "architecture", "attention", "decoder", "families", "kernel", "layers", "load", "lora", "merge", "rope", "sharding",
+    "token_table", "weights",
+)  # fmt: skip
 CHECKED = ["sftrec_jax.train", "sftrec_jax.decode", *(f"sftrec_jax.model.{name}" for name in MODEL)]
 
 install_import_hook(CHECKED, "beartype.beartype")

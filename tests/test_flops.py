@@ -13,9 +13,11 @@ from flax import nnx
 
 from sftrec_jax.model.architecture import Architecture
 from sftrec_jax.model.attention import attend
-from sftrec_jax.model.decoder import PROJECTIONS, Decoder
-from sftrec_jax.model.layers import AdapterSpec, rope_tables
+from sftrec_jax.model.decoder import Decoder
+from sftrec_jax.model.layers import PROJECTIONS
 from sftrec_jax.model.load import trainable_filter
+from sftrec_jax.model.lora import AdapterSpec
+from sftrec_jax.model.rope import rope_tables
 from sftrec_jax.train import flops
 from sftrec_jax.train.flops import peak_flops, step_flops
 

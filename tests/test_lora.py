@@ -16,10 +16,10 @@ from transformers import AutoModelForCausalLM
 from sftrec_jax.config import LoraConfig
 from sftrec_jax.errors import UserError
 from sftrec_jax.model.cards import CardInfo
-from sftrec_jax.model.decoder import PROJECTIONS
 from sftrec_jax.model.export import export_adapter
-from sftrec_jax.model.layers import AdapterSpec, Linear
+from sftrec_jax.model.layers import PROJECTIONS
 from sftrec_jax.model.load import adapter_spec
+from sftrec_jax.model.lora import AdapterSpec, Linear
 from sftrec_jax.model.merge import arrays_of
 
 # peft 0.21 asks transformers 5.23 for a name that it renamed; this can go once peft asks for the new one.

@@ -21,7 +21,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from sftrec_jax.model.decoder import Decoder
-from sftrec_jax.model.layers import TokenTable
+from sftrec_jax.model.token_table import TokenTable
 
 Normaliser = Literal["full", "items", "level", "children"]
 

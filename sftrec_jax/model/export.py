@@ -21,6 +21,7 @@ from sftrec_jax.model.export_files import (
     write_text,
     write_weights,
 )
+from sftrec_jax.model.families import module_of, weight_map
 from sftrec_jax.model.load import Build
 from sftrec_jax.model.merge import (
     arrays_of,
@@ -32,7 +33,6 @@ from sftrec_jax.model.merge import (
     rounded,
     token_logits,
 )
-from sftrec_jax.model.weights import LAYER_TABLE, module_of, top_table
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -172,11 +172,11 @@ def _hub_tensors(decoder: Decoder) -> LazyTensors:
 
         return array.nbytes // (1 if layer is None else len(array)), read
 
-    tensors = {name: reader(path, None, False) for path, name in top_table(decoder.arch).items()}
-    for i in range(decoder.arch.layers):
-        for path, (inside, transposed) in LAYER_TABLE.items():
-            tensors[f"model.layers.{i}.{inside}"] = reader(f"layers/{path}", i, transposed)
-    return tensors
+    return {
+        name: reader(path, i if tensor.stacked else None, tensor.transposed)
+        for path, tensor in weight_map(decoder.arch).items()
+        for i, name in enumerate(tensor.names(decoder.arch.layers))
+    }
 
 
 def _peft_tables(build: Build) -> tuple[str, ...]:
@@ -213,7 +213,7 @@ def _peft_tensors(decoder: Decoder, build: Build) -> dict[str, np.ndarray]:
     for target in build.adapters.targets:
         for part, name in (("lora_a", "lora_A"), ("lora_b", "lora_B")):
             for i, value in enumerate(np.asarray(arrays[f"layers/{target}/{part}"], np.float32)):
-                tensors[f"base_model.model.model.layers.{i}.{module_of(target)}.{name}.weight"] = value.T
+                tensors[f"base_model.model.model.layers.{i}.{module_of(build.arch, target)}.{name}.weight"] = value.T
     if build.row_ids:
         gaps = gap_ids(build)
         order = np.argsort(np.asarray((*build.row_ids, *gaps)), kind="stable")

@@ -13,13 +13,15 @@ from sftrec_jax.config import LoraConfig, ModelConfig, TrainConfig
 from sftrec_jax.errors import UserError
 from sftrec_jax.items.codes import ItemCodes
 from sftrec_jax.model.architecture import Architecture, parse_architecture, read_architecture
-from sftrec_jax.model.decoder import PROJECTIONS, Decoder, Remat
+from sftrec_jax.model.decoder import Decoder, Remat
 from sftrec_jax.model.dtype import compute_dtype
 from sftrec_jax.model.gguf_file import read_gguf
 from sftrec_jax.model.hub import BaseSource
-from sftrec_jax.model.layers import AdapterSpec, LoRAParam, TokenRows
+from sftrec_jax.model.layers import PROJECTIONS
+from sftrec_jax.model.lora import AdapterSpec, LoRAParam
 from sftrec_jax.model.remat import choose_remat
 from sftrec_jax.model.sharding import named_arrays, path_name, sharding_for, with_arrays
+from sftrec_jax.model.token_table import TokenRows
 from sftrec_jax.model.weights import decoder_arrays, open_tensors
 
 TRAINABLE = nnx.Any(LoRAParam, TokenRows)

@@ -9,7 +9,7 @@ from jax.sharding import Mesh
 from sftrec_jax.config import ModelConfig, TrainConfig
 from sftrec_jax.model.architecture import Architecture
 from sftrec_jax.model.decoder import Remat
-from sftrec_jax.model.layers import AdapterSpec
+from sftrec_jax.model.lora import AdapterSpec
 
 SHARE = 0.25
 """All activations of the layers are kept where they take no more than this of a device's memory."""

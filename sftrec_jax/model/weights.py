@@ -1,4 +1,4 @@
-"""One table from Hugging Face tensor names to parameters of the decoder; it drives loading and export.
+"""Tensors of a checkpoint as parameters of the decoder.
 
 Missing, unexpected, duplicate and mis-shaped tensors are four distinct errors. Files are safetensors only.
 """
@@ -13,51 +13,8 @@ from safetensors import safe_open
 
 from sftrec_jax.errors import UserError
 from sftrec_jax.model.architecture import Architecture
+from sftrec_jax.model.families import HEAD, tensor_names, weight_map
 from sftrec_jax.model.gguf_file import read_gguf
-
-# decoder path below `layers` -> (name inside model.layers.{i}, transposed on the way)
-LAYER_TABLE: dict[str, tuple[str, bool]] = {
-    "input_norm/weight": ("input_layernorm.weight", False),
-    "q_proj/kernel": ("self_attn.q_proj.weight", True),
-    "k_proj/kernel": ("self_attn.k_proj.weight", True),
-    "v_proj/kernel": ("self_attn.v_proj.weight", True),
-    "o_proj/kernel": ("self_attn.o_proj.weight", True),
-    "post_norm/weight": ("post_attention_layernorm.weight", False),
-    "gate_proj/kernel": ("mlp.gate_proj.weight", True),
-    "up_proj/kernel": ("mlp.up_proj.weight", True),
-    "down_proj/kernel": ("mlp.down_proj.weight", True),
-}
-TOP_TABLE: dict[str, str] = {"embed_tokens/weight": "model.embed_tokens.weight", "norm/weight": "model.norm.weight"}
-HEAD_NAME = "lm_head.weight"
-
-
-def module_of(projection: str) -> str:
-    """`q_proj` -> `self_attn.q_proj`: the module name inside a Hugging Face layer."""
-    return LAYER_TABLE[f"{projection}/kernel"][0].removesuffix(".weight")
-
-
-def top_table(arch: Architecture) -> dict[str, str]:
-    """Decoder path -> tensor name for everything outside the layers; a tied model has no head of its own."""
-    return TOP_TABLE if arch.tied else {**TOP_TABLE, "lm_head/weight": HEAD_NAME}
-
-
-def tensor_shapes(arch: Architecture) -> dict[str, tuple[int, ...]]:
-    """Every tensor that a checkpoint of this architecture must hold, with its shape in Hugging Face's layout."""
-    d, f, h = arch.hidden_size, arch.ffw_size, arch.head_dim
-    inside = {
-        "input_layernorm.weight": (d,),
-        "post_attention_layernorm.weight": (d,),
-        "self_attn.q_proj.weight": (arch.heads * h, d),
-        "self_attn.k_proj.weight": (arch.kv_heads * h, d),
-        "self_attn.v_proj.weight": (arch.kv_heads * h, d),
-        "self_attn.o_proj.weight": (d, arch.heads * h),
-        "mlp.gate_proj.weight": (f, d),
-        "mlp.up_proj.weight": (f, d),
-        "mlp.down_proj.weight": (d, f),
-    }
-    shapes = {f"model.layers.{i}.{name}": shape for i in range(arch.layers) for name, shape in inside.items()}
-    shapes |= {"model.embed_tokens.weight": (arch.vocab_size, d), "model.norm.weight": (d,)}
-    return shapes if arch.tied else {**shapes, HEAD_NAME: (arch.vocab_size, d)}
 
 
 @dataclass(frozen=True)
@@ -110,12 +67,12 @@ def open_tensors(path: Path) -> TensorSource:
 
 def check_tensors(source: TensorSource, arch: Architecture, label: str) -> None:
     """Raises UserError for a tensor that is missing or unexpected."""
-    expected = tensor_shapes(arch)
-    missing = [name for name in expected if name not in source.where]
+    expected = set(tensor_names(arch))
+    missing = [name for name in tensor_names(arch) if name not in source.where]
     if missing:
         raise UserError(f"{label}: {len(missing)} tensors are missing, first {missing[0]}; the files and config.json differ")
     # Old checkpoints carry rotary buffers and, when tied, a copy of the head; both follow from what is loaded.
-    known = {*expected, HEAD_NAME} if arch.tied else set(expected)
+    known = {*expected, HEAD} if arch.tied else expected
     extra = [name for name in source.where if name not in known and not name.endswith("rotary_emb.inv_freq")]
     if extra:
         raise UserError(f"{label}: {len(extra)} unexpected tensors, first {extra[0]}; the files and config.json differ")
@@ -135,13 +92,7 @@ def read_checked(source: TensorSource, name: str, shape: tuple[int, ...], label:
 def decoder_arrays(source: TensorSource, arch: Architecture, label: str) -> Iterable[tuple[str, np.ndarray]]:
     """Yields (decoder path, float32 array in decoder layout) for the whole model, layers stacked on axis 0."""
     check_tensors(source, arch, label)
-    shapes = tensor_shapes(arch)
-    for path, name in top_table(arch).items():
-        yield path, read_checked(source, name, shapes[name], label)
-    for path, (inside, transposed) in LAYER_TABLE.items():
-        slices = []
-        for i in range(arch.layers):
-            name = f"model.layers.{i}.{inside}"
-            value = read_checked(source, name, shapes[name], label)
-            slices.append(value.T if transposed else value)
-        yield f"layers/{path}", np.stack(slices)
+    for path, tensor in weight_map(arch).items():
+        values = [read_checked(source, name, tensor.shape, label) for name in tensor.names(arch.layers)]
+        values = [value.T if tensor.transposed else value for value in values]
+        yield path, np.stack(values) if tensor.stacked else values[0]

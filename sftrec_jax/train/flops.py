@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from sftrec_jax.model.architecture import Architecture
-from sftrec_jax.model.layers import AdapterSpec
+from sftrec_jax.model.lora import AdapterSpec
 
 DATA_SHEET = {
     "TPU v4": 275e12,
