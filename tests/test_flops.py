@@ -43,7 +43,7 @@ def compiled(arch: Architecture, spec: AdapterSpec | None, method: str, new_rows
         x, rope = model.embed_tokens.embed(tokens, model.dtype), rope_tables(arch, positions)
         for n in range(arch.layers):
             layer = nnx.merge(layer_def, jax.tree.map(lambda p, n=n: p[n], layers))
-            x, _ = layer(x, rope, lambda q, k, v, c: (attend(q, k, v, mask), c), None, None)
+            x, _ = layer(x, rope, lambda q, k, v, c, w: (attend(q, k, v, mask), c), None, None)
         hidden = jnp.take_along_axis(model.norm(x), at[:, :, None], axis=1)
         return -jnp.take_along_axis(jax.nn.log_softmax(model.logits(hidden)), labels[:, :, None], axis=-1).sum()
 

@@ -30,7 +30,7 @@ def test_accelerators_take_the_kernels(backend: str, monkeypatch: pytest.MonkeyP
     asked: list[str] = []
 
     def record(name: str) -> None:
-        def call(query: jax.Array, *_: object) -> jax.Array:
+        def call(query: jax.Array, *_: object, **__: object) -> jax.Array:
             asked.append(name)
             return query
 

@@ -160,7 +160,7 @@ def test_last_layer_of_a_prompt_is_only_needed_for_its_last_token(pair: Pair, be
     for row, prompt in enumerate(PROMPTS):
         padded[row, : len(prompt)] = prompt
 
-    def keeping(query: Any, key: Any, value: Any, cache: None) -> Any:
+    def keeping(query: Any, key: Any, value: Any, cache: None, window: None) -> Any:
         return attend_causal(query, key, value), (key, value)
 
     @jax.jit

@@ -122,6 +122,10 @@ class PromptBuilder:
         made = self.segments(items, histories)
         return (made if self.format == "stream" else made.apart()).examples()
 
+    def written(self, item: int) -> np.ndarray:
+        """int32 tokens of an item in a history, with the separator after it."""
+        return np.concatenate([self._item(item), self.separator])
+
     @property
     def pieces(self) -> Pieces:
         """What segments are written from; made once."""
@@ -159,7 +163,7 @@ class PromptBuilder:
     def _write(self, items: np.ndarray) -> np.ndarray:
         pieces = [self.bos, self.prefix]
         for item in items:
-            pieces += [self._item(int(item)), self.separator]
+            pieces.append(self.written(int(item)))
         return np.concatenate([*pieces, self.suffix])
 
     def _lengths(self, items: np.ndarray) -> np.ndarray:

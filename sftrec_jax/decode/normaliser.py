@@ -63,7 +63,7 @@ def level_logits(
 ) -> Float[Array, "... C"]:
     """Float32 logits of some tokens; -inf where a token is -1. `table` saves looking their rows up again."""
     table = rows_of(head, hidden, tokens) if table is None else table
-    logits = jnp.einsum("...d,cd->...c", hidden, table, preferred_element_type=jnp.float32)
+    logits = head.capped(jnp.einsum("...d,cd->...c", hidden, table, preferred_element_type=jnp.float32))
     return jnp.where(tokens < 0, -jnp.inf, logits)
 
 
@@ -82,7 +82,7 @@ def full_log_z(decoder: Decoder, hidden: Float[Array, "B W D"]) -> LogZ:
     def part(first: Int[Array, ""] | int, count: int, fresh: Int[Array, ""] | int) -> LogZ:
         # Cut out in the stored type, converted piece by piece.
         some = lax.dynamic_slice_in_dim(table, first, count).astype(hidden.dtype)
-        logits = jnp.einsum("bwd,vd->bwv", hidden, some, preferred_element_type=jnp.float32)
+        logits = head.capped(jnp.einsum("bwd,vd->bwv", hidden, some, preferred_element_type=jnp.float32))
         out = lax.dynamic_slice_in_dim(replaced, first, count) | (first + jnp.arange(count) < fresh)
         return log_z(jnp.where(out, -jnp.inf, logits))
 
@@ -97,7 +97,7 @@ def full_log_z(decoder: Decoder, hidden: Float[Array, "B W D"]) -> LogZ:
         parts = [lax.fori_loop(1, -(-size // chunk), body, part(0, chunk, 0))]
     if head.row_ids:
         own = jnp.einsum("bwd,vd->bwv", hidden, head.rows[...].astype(hidden.dtype), preferred_element_type=jnp.float32)
-        parts.append(log_z(own))
+        parts.append(log_z(head.capped(own)))
     return merged(parts)
 
 

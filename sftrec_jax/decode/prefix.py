@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from sftrec_jax.model.attention import attend_beams, attend_causal, attend_to
+from sftrec_jax.model.attention import attend_beams, attend_causal, attend_to, first_seen
 from sftrec_jax.model.decoder import Decoder
 
 Shared = tuple[Float[Array, "layers S kv head"], Float[Array, "layers S kv head"]]
@@ -46,10 +46,10 @@ class Prefix(NamedTuple):
 def shared_prefix(decoder: Decoder, tokens: Int[Array, "S"]) -> Shared:
     """Keys and values of tokens that begin all prompts, computed once."""
 
-    def attend(query: Array, key: Array, value: Array, cache: None) -> Array:
-        return attend_causal(query, key, value)
+    def attend(query: Array, key: Array, value: Array, cache: None, window: Array | None) -> Array:
+        return attend_causal(query, key, value, None, window, decoder.arch.softcap)
 
-    def last(query: Array, key: Array, value: Array, cache: None) -> Array:
+    def last(query: Array, key: Array, value: Array, cache: None, window: Array | None) -> Array:
         return query  # nobody asks for the hidden state
 
     at = jnp.arange(len(tokens))[None]
@@ -63,12 +63,18 @@ def prefill(decoder: Decoder, prompts: Int[Array, "B P"], lengths: Int[Array, "B
     real = (positions < lengths[:, None])[:, None]
     offset = 0 if shared is None else shared[0].shape[1]
 
-    def attend(query: Array, key: Array, value: Array, before: Any) -> Array:
-        # Padding stands to the right, so the causal mask already hides it from every real token.
-        return attend_causal(query, key, value, before)
+    softcap = decoder.arch.softcap
 
-    def last(query: Array, key: Array, value: Array, before: Any) -> Array:
-        return attend_to(query, [(key, value, real)], before)
+    def attend(query: Array, key: Array, value: Array, before: Any, window: Array | None) -> Array:
+        # Padding stands to the right, so the causal mask already hides it from every real token.
+        return attend_causal(query, key, value, before, window, softcap)
+
+    def last(query: Array, key: Array, value: Array, before: Any, window: Array | None) -> Array:
+        if window is None:
+            return attend_to(query, [(key, value, real)], before, None, softcap)
+        since = first_seen(lengths - 1 + offset, window)[:, None, None]
+        seen = real & (jnp.arange(prompts.shape[1]) + offset >= since)
+        return attend_to(query, [(key, value, seen)], before, jnp.arange(offset) >= since, softcap)
 
     hidden, (key, value) = decoder.prefilled(prompts, positions + offset, lengths - 1, attend, last, shared)
     return Prefix(hidden, key, value, lengths, shared)
@@ -89,9 +95,19 @@ def extend(
     begin = old if slot is None else slot
     new = begin + jnp.arange(t)
     tail_mask = jnp.arange(old + t if slot is None else old) <= new[:, None]
-    prompt_mask = jnp.arange(prefix.key.shape[2]) < prefix.lengths[:, None]
+    prompt_at = jnp.arange(prefix.key.shape[2])
+    prompt_mask = prompt_at < prefix.lengths[:, None]
+    offset = 0 if prefix.shared is None else prefix.shared[0].shape[1]
 
-    def attend(query: Array, key: Array, value: Array, cache: Any) -> tuple[Array, tuple[Array, Array]]:
+    def masks(window: Array | None) -> tuple[Array, Array, Array | None]:
+        """Of the tails, the prompts and the shared tokens."""
+        if window is None:
+            return tail_mask, prompt_mask, None
+        own = jnp.arange(tail_mask.shape[1]) >= first_seen(new, window)[:, None]
+        since = first_seen(prefix.positions[:, None] + new, window)[..., None]
+        return tail_mask & own, prompt_mask[:, None] & (prompt_at + offset >= since), jnp.arange(offset) >= since
+
+    def attend(query: Array, key: Array, value: Array, cache: Any, window: Array | None) -> tuple[Array, tuple[Array, Array]]:
         (prompt_key, prompt_value, *grown), before = cache
         for i, own in enumerate((key, value)):
             own = own.reshape(b, w, t, *own.shape[2:])
@@ -100,7 +116,9 @@ def extend(
             else:
                 grown[i] = lax.dynamic_update_index_in_dim(grown[i], own[:, :, 0], slot, 2)
         query = query.reshape(b, w, t, *query.shape[2:])
-        mixed = attend_beams(query, (prompt_key, prompt_value, prompt_mask), grown[0], grown[1], tail_mask, before)
+        own, seen, before_mask = masks(window)
+        prompt = prompt_key, prompt_value, seen
+        mixed = attend_beams(query, prompt, grown[0], grown[1], own, before, before_mask, decoder.arch.softcap)
         return mixed.reshape(b, w * t, *mixed.shape[3:]), (grown[0], grown[1])
 
     positions = jnp.broadcast_to(prefix.positions[:, None, None] + new, tokens.shape).reshape(b, w * t)

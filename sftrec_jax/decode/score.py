@@ -34,7 +34,7 @@ def log_probabilities(
         hidden = jnp.concatenate([hidden, later], axis=2)
     norm = full_log_z(decoder, hidden.reshape(b, k * length, -1))
     rows = decoder.head.embed(jnp.maximum(codes, 0), hidden.dtype)
-    logits = jnp.einsum("bktd,bktd->bkt", hidden, rows, preferred_element_type=jnp.float32)
+    logits = decoder.head.capped(jnp.einsum("bktd,bktd->bkt", hidden, rows, preferred_element_type=jnp.float32))
     each = norm.log_prob(logits.reshape(b, k * length, 1)).reshape(codes.shape)
     total = jnp.sum(jnp.where(codes >= 0, each, 0.0), axis=-1)
     return jnp.where(codes[..., 0] >= 0, total, -jnp.inf)

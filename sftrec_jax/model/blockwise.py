@@ -12,10 +12,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from sftrec_jax.model.attention import visible
+from sftrec_jax.model.attention import soft_capped, visible
 
-Marks = tuple[Int[Array, "B T"], Int[Array, "B T"], Int[Array, "B T"], Int[Array, "B T"]]
-"""Positions, segments, branches, forks, as in `PackedBatch`."""
+Marks = tuple[Int[Array, "B T"], ...]
+"""Positions, segments, branches, forks, as in `PackedBatch`, and in a sliding layer the first position that a token sees."""
 HIDDEN = -1e30
 """Score of what is not visible. Finite: exp(-inf - -inf) is no number."""
 LOWEST = HIDDEN / 2
@@ -23,7 +23,12 @@ LOWEST = HIDDEN / 2
 
 
 def block_attention(
-    query: Float[Array, "B T N H"], key: Float[Array, "B T K H"], value: Float[Array, "B T K H"], marks: Marks, block: int = 64
+    query: Float[Array, "B T N H"],
+    key: Float[Array, "B T K H"],
+    value: Float[Array, "B T K H"],
+    marks: Marks,
+    block: int = 64,
+    softcap: float | None = None,
 ) -> Float[Array, "B T N H"]:
     """`attend` with `packed_mask`, for rows in which a segment's tokens and a branch's stand together, none before one it sees,
     and each segment begins with its trunk, without a gap in its positions.
@@ -37,18 +42,16 @@ def block_attention(
     pad = ((0, 0), (0, short), (0, 0), (0, 0))
     query, key, value = jnp.pad(query, pad), jnp.pad(key, pad), jnp.pad(value, pad)
     # Segment -1 is seen by itself alone.
-    positions, segments, branches, forks = (
-        jnp.pad(x, ((0, 0), (0, short)), constant_values=fill) for x, fill in zip(marks, (0, -1, 0, 1), strict=True)
-    )
-    marks = positions, segments, branches, forks
+    fills = (0, -1, 0, 1, 0)
+    marks = tuple(jnp.pad(x, ((0, 0), (0, short)), constant_values=fill) for x, fill in zip(marks, fills, strict=False))
     grouped = query.reshape(b, t + short, k, n // k, h).transpose(0, 2, 3, 1, 4)
-    out: Array = _attend(grouped, key.transpose(0, 2, 1, 3), value.transpose(0, 2, 1, 3), marks, block)
+    out: Array = _attend(grouped, key.transpose(0, 2, 1, 3), value.transpose(0, 2, 1, 3), marks, block, softcap)
     return out.transpose(0, 3, 1, 2, 4).reshape(b, t + short, n, h)[:, :t]
 
 
 def visible_blocks(marks: Marks, block: int) -> Bool[Array, "B Q C"]:
     """Which blocks of keys a block of queries may see something of; too few for padding alone, whose blocks see themselves."""
-    positions, segments, branches, forks = marks
+    positions, segments, branches, forks, *since = marks
     count = segments.shape[1] // block
     begins = jnp.diff(segments, axis=1, prepend=-2) != 0
     # Where what a token sees of the trunk ends: so many places after the segment's first token.
@@ -64,7 +67,11 @@ def visible_blocks(marks: Marks, block: int) -> Bool[Array, "B Q C"]:
     overlap = (low[:, :, None] <= high[:, None]) & (low[:, None] <= high[:, :, None])
     at = jnp.arange(count)
     seen = overlap | ((trunk.max(-1)[:, None] >= first[:, :, :1]) & (at * block < reach[:, :, None]))
-    return seen & (at[:, None] >= at) & (real[:, :, :1] | (at[:, None] == at))
+    seen &= (at[:, None] >= at) & (real[:, :, :1] | (at[:, None] == at))
+    if since:
+        first_seen, newest = (x.reshape(-1, count, block) for x in (since[0], positions))
+        seen &= newest.max(-1)[:, None] >= first_seen.min(-1)[:, :, None]
+    return seen
 
 
 def _visits(marks: Marks, block: int) -> tuple[Int[Array, "BQ"], Int[Array, "BQ C"]]:
@@ -100,12 +107,12 @@ def _product(left: Array, right: Array, contract: tuple[int, int]) -> Array:
     return jax.lax.dot_general(left, right, (((contract[0],), (contract[1],)), ((0,), (0,))), preferred_element_type=jnp.float32)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _attend(query: Array, key: Array, value: Array, marks: Marks, block: int) -> Array:
-    return _forward(query, key, value, marks, block)[0]
+@partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def _attend(query: Array, key: Array, value: Array, marks: Marks, block: int, softcap: float | None) -> Array:
+    return _forward(query, key, value, marks, block, softcap)[0]
 
 
-def _forward(query: Array, key: Array, value: Array, marks: Marks, block: int) -> tuple[Array, Any]:
+def _forward(query: Array, key: Array, value: Array, marks: Marks, block: int, softcap: float | None) -> tuple[Array, Any]:
     b, k, g, t, h = query.shape
     blocks = t // block
     counts, order = _visits(marks, block)
@@ -119,7 +126,7 @@ def _forward(query: Array, key: Array, value: Array, marks: Marks, block: int) -
             top, total, mixed = state
             to = order[index, step]
             mask = _mask(marks, row, at, to, block)
-            scores = _product(q, _slice(key, row, to, block), (2, 2)) * scale
+            scores = soft_capped(_product(q, _slice(key, row, to, block), (2, 2)) * scale, softcap)
             scores = jnp.where(jnp.tile(mask, (g, 1)), scores, HIDDEN)
             new_top = jnp.maximum(top, scores.max(-1, keepdims=True))
             weights, old = jnp.exp(scores - new_top), jnp.exp(top - new_top)
@@ -138,7 +145,7 @@ def _forward(query: Array, key: Array, value: Array, marks: Marks, block: int) -
     return out, (query, key, value, marks, out, logs)
 
 
-def _backward(block: int, saved: Any, grad: Array) -> tuple[Any, ...]:
+def _backward(block: int, softcap: float | None, saved: Any, grad: Array) -> tuple[Any, ...]:
     query, key, value, marks, out, logs = saved
     b, k, g, t, h = query.shape
     blocks = t // block
@@ -156,8 +163,12 @@ def _backward(block: int, saved: Any, grad: Array) -> tuple[Any, ...]:
             to = order[index, step]
             ks, vs = _slice(key, row, to, block), _slice(value, row, to, block)
             mask = jnp.tile(_mask(marks, row, at, to, block), (g, 1))
-            weights = jnp.where(mask, jnp.exp(_product(q, ks, (2, 2)) * scale - log), 0.0)
-            ds = (weights * (_product(d, vs, (2, 2)) - shift) * scale).astype(query.dtype)
+            scores = soft_capped(_product(q, ks, (2, 2)) * scale, softcap)
+            weights = jnp.where(mask, jnp.exp(scores - log), 0.0)
+            ds = weights * (_product(d, vs, (2, 2)) - shift) * scale
+            if softcap is not None:
+                ds *= 1 - (scores / softcap) ** 2  # the derivative of tanh
+            ds = ds.astype(query.dtype)
             dv = _product(weights.astype(value.dtype), d, (1, 1))
             dk = _product(ds, q, (1, 1))
             return (

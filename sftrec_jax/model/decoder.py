@@ -5,6 +5,7 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
@@ -13,15 +14,19 @@ from sftrec_jax.model.architecture import Architecture
 from sftrec_jax.model.layers import Attend, Layers, RMSNorm
 from sftrec_jax.model.lora import AdapterSpec
 from sftrec_jax.model.packed_attention import packed_attention
-from sftrec_jax.model.rope import rope_tables
+from sftrec_jax.model.rope import all_tables
 from sftrec_jax.model.token_table import TokenTable
 
 Remat = Literal["none", "dots", "full"]
 """What the backward pass computes again: nothing, all but the products with kernels, or the whole layer."""
 
 
+UNBOUNDED = np.iinfo(np.int32).max
+"""Window of a layer that sees all."""
+
+
 class Decoder(nnx.Module):
-    """A Llama-family causal LM. Shapes: B batch, T tokens, D model, C logit columns (see TokenTable)."""
+    """A causal LM of one of the families. Shapes: B batch, T tokens, D model, C logit columns (see TokenTable)."""
 
     def __init__(
         self,
@@ -35,11 +40,11 @@ class Decoder(nnx.Module):
     ):
         table_key, layers_key, head_key = jax.random.split(key, 3)
         self.arch, self.dtype, self.remat, self.mesh = arch, jnp.dtype(dtype), remat, mesh
-        self.embed_tokens = TokenTable(arch.vocab_size, arch.hidden_size, row_ids, table_key)
+        self.embed_tokens = TokenTable(arch.vocab_size, arch.hidden_size, row_ids, table_key, arch.final_softcap)
         self.layers = Layers(arch, adapters, layers_key)
-        self.norm = RMSNorm((arch.hidden_size,), arch.rms_eps)
+        self.norm = RMSNorm((arch.hidden_size,), arch.rms_eps, arch.unit_norms)
         if not arch.tied:
-            self.lm_head = TokenTable(arch.vocab_size, arch.hidden_size, row_ids, head_key)
+            self.lm_head = TokenTable(arch.vocab_size, arch.hidden_size, row_ids, head_key, arch.final_softcap)
 
     def hidden(
         self,
@@ -53,20 +58,20 @@ class Decoder(nnx.Module):
 
         `caches` is a pytree with a leading layer axis, or None. `dropout_key` switches adapter dropout on.
         """
-        x = self.embed_tokens.embed(tokens, self.dtype)
-        rope = rope_tables(self.arch, positions)
+        x = self._embedded(tokens)
+        rope_of, which, windows = self._by_layer(positions)
         graphdef, state = nnx.split(self.layers)
         keys = None if dropout_key is None else jax.random.split(dropout_key, self.arch.layers)
 
-        def body(x: Array, scanned: tuple[Any, Any, Any]) -> tuple[Array, Any]:
-            layer_state, cache, key = scanned
-            return nnx.merge(graphdef, layer_state)(x, rope, attend, cache, key)
+        def body(x: Array, scanned: tuple[Any, ...]) -> tuple[Array, Any]:
+            layer_state, cache, key, kind, window = scanned
+            return nnx.merge(graphdef, layer_state)(x, rope_of(kind), attend, cache, key, window=window)
 
         if self.remat != "none":
             # Kernels' products have no batch axes, those of attention have.
             kept = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if self.remat == "dots" else None
             body = jax.checkpoint(body, policy=kept)
-        x, caches = jax.lax.scan(body, x, (state, caches, keys), length=self.arch.layers)
+        x, caches = jax.lax.scan(body, x, (state, caches, keys, which, windows), length=self.arch.layers)
         return self.norm(x), caches
 
     def prefilled(
@@ -74,8 +79,8 @@ class Decoder(nnx.Module):
         tokens: Int[Array, "B T"],
         positions: Int[Array, "B T"],
         last: Int[Array, "B"],
-        attend: Callable[[Array, Array, Array, Any], Array],
-        attend_last: Callable[[Array, Array, Array, Any], Array],
+        attend: Callable[[Array, Array, Array, Any, Array | None], Array],
+        attend_last: Callable[[Array, Array, Array, Any, Array | None], Array],
         caches: Any = None,
     ) -> tuple[Float[Array, "B 1 D"], tuple[Float[Array, "layers B T K H"], Float[Array, "layers B T K H"]]]:
         """The final hidden state of one token of each row, and the keys and values of all tokens in all layers.
@@ -83,18 +88,22 @@ class Decoder(nnx.Module):
         The last layer's outputs are computed for that token alone: `attend_last` gets its query [B, 1, N, H], `attend` all
         queries. Both get one layer of `caches`.
         """
-        x = self.embed_tokens.embed(tokens, self.dtype)
-        rope = rope_tables(self.arch, positions)
+        x = self._embedded(tokens)
+        rope_of, which, windows = self._by_layer(positions)
         graphdef, state = nnx.split(self.layers)
 
         def layer(x: Array, at: Any, attend: Any, only: Array | None) -> tuple[Array, Any]:
             # Layers are picked by number; slicing the stacked parameters for the scan would copy nearly all of them.
-            one, cache = jax.tree.map(lambda p: jax.lax.dynamic_index_in_dim(p, at, 0, keepdims=False), (state, caches))
+            one, cache, kind, window = jax.tree.map(
+                lambda p: jax.lax.dynamic_index_in_dim(p, at, 0, keepdims=False), (state, caches, which, windows)
+            )
 
-            def keeping(query: Array, key: Array, value: Array, cache: Any) -> tuple[Array, tuple[Array, Array]]:
-                return attend(query, key, value, cache), (key, value)
+            def keeping(
+                query: Array, key: Array, value: Array, cache: Any, window: Array | None
+            ) -> tuple[Array, tuple[Array, Array]]:
+                return attend(query, key, value, cache, window), (key, value)
 
-            return nnx.merge(graphdef, one)(x, rope, keeping, cache, None, only)
+            return nnx.merge(graphdef, one)(x, rope_of(kind), keeping, cache, None, only, window)
 
         count = self.arch.layers - 1
         x, stacked = jax.lax.scan(lambda x, at: layer(x, at, attend, None), x, jnp.arange(count), length=count)
@@ -105,13 +114,29 @@ class Decoder(nnx.Module):
     def packed_hidden(self, batch: Any, dropout_key: Array | None = None) -> Float[Array, "B T D"]:
         """Final hidden states of packed rows; `batch` has tokens, positions, segments, branches, forks [B, T]."""
         attention = packed_attention(
-            (batch.positions, batch.segments, batch.branches, batch.forks), self.mesh, self.arch.kv_heads
+            (batch.positions, batch.segments, batch.branches, batch.forks), self.mesh, self.arch.kv_heads, self.arch.softcap
         )
+        hides = self.arch.window is not None and self.arch.window < batch.tokens.shape[1]
 
-        def masked(query: Array, key: Array, value: Array, cache: None) -> tuple[Array, None]:
-            return attention(query, key, value), None
+        def masked(query: Array, key: Array, value: Array, cache: None, window: Array | None) -> tuple[Array, None]:
+            return attention(query, key, value, window if hides else None), None
 
         return self.hidden(batch.tokens, batch.positions, masked, dropout_key=dropout_key)[0]
+
+    def _embedded(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+        x = self.embed_tokens.embed(tokens, self.dtype)
+        return x if self.arch.embed_scale == 1.0 else x * jnp.asarray(self.arch.embed_scale, x.dtype)
+
+    def _by_layer(self, positions: Int[Array, "B T"]) -> tuple[Callable[[Any], tuple[Array, Array]], Any, Any]:
+        """Rotary tables by kind of layer, and int32 [layers] each, or None where layers do not differ: kinds and windows."""
+        tables, which = all_tables(self.arch, positions)
+        windows = None
+        if self.arch.window is not None:
+            windows = jnp.where(jnp.asarray(self.arch.sliding), jnp.int32(self.arch.window), jnp.int32(UNBOUNDED))
+        if which is None:
+            return lambda kind: tables[0], None, windows
+        cos, sin = (jnp.stack(part) for part in zip(*tables, strict=True))
+        return lambda kind: (cos[kind], sin[kind]), jnp.asarray(which), windows
 
     @property
     def head(self) -> TokenTable:

@@ -22,6 +22,7 @@ from sftrec_jax.model.export_files import (
     write_weights,
 )
 from sftrec_jax.model.families import module_of, weight_map
+from sftrec_jax.model.hf_config import FAMILIES
 from sftrec_jax.model.load import Build
 from sftrec_jax.model.merge import (
     arrays_of,
@@ -69,6 +70,7 @@ def export_merged(
     dtype: Literal["float32", "bfloat16"] = "float32",
     overwrite: bool = False,
     max_shard_bytes: int = MAX_SHARD_BYTES,
+    more: Callable[[Path], None] | None = None,
 ) -> ExportReport:
     """Writes a folder that `AutoModelForCausalLM` and `AutoTokenizer` load.
 
@@ -86,6 +88,7 @@ def export_merged(
         dtype: type of the weights.
         overwrite: see `out`.
         max_shard_bytes: larger models are written in several files.
+        more: writes further files (`items.jsonl`, `prompt.json`) into the folder before it appears.
 
     Raises: UserError for a folder that must not be replaced or cannot be written, another `dtype`, or a tokenizer
         without the item tokens.
@@ -110,6 +113,8 @@ def export_merged(
         write_json(folder / "generation_config.json", _generation_config(build, tokenizer))
         tokenizer.save_pretrained(str(folder))
         write_text(folder / "README.md", merged_card(card, card.example or _example_prompt(codes, tokenizer), notes))
+        if more is not None:
+            more(folder)
         total = write_weights(folder, _hub_tensors(merged), max_shard_bytes)
     return ExportReport(out, total, exported_vocab_size(build), dtype, merge_change, round_change, largest)
 
@@ -151,7 +156,7 @@ def export_adapter(
 def exported_config(build: Build, dtype: str) -> dict[str, Any]:
     """`config.json` of the merged model: the base's own, whatever its layout, with what the export changes."""
     config = build.arch.raw_config
-    config["architectures"] = ["LlamaForCausalLM"]
+    config["architectures"] = [FAMILIES[build.arch.family].hf_class]
     config["vocab_size"] = exported_vocab_size(build)
     config["tie_word_embeddings"] = build.arch.tied
     # transformers 5 writes `dtype`; transformers 4 and other readers know `torch_dtype`.

@@ -23,7 +23,8 @@ LazyTensors = dict[str, tuple[int, Callable[[], np.ndarray]]]
 _OWN_FILES = (
     "config.json", "generation_config.json", "model*.safetensors", "model.safetensors.index.json", "README.md",
     "adapter_config.json", "adapter_model.safetensors", "adapter", "tokenizer*", "special_tokens_map.json",
-    "added_tokens.json", "chat_template.jinja", "additional_chat_templates", "vocab.json", "merges.txt",
+    "added_tokens.json", "chat_template.jinja", "additional_chat_templates", "vocab.json", "merges.txt", "items.jsonl",
+    "prompt.json",
 )  # fmt: skip
 
 

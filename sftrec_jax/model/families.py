@@ -37,19 +37,37 @@ def weight_map(arch: Architecture) -> dict[str, Tensor]:
     def kernel(module: str, outputs: int, inputs: int) -> Tensor:
         return Tensor(f"model.layers.{{i}}.{module}.weight", (outputs, inputs), True)
 
+    def norm(module: str, size: int = d) -> Tensor:
+        return Tensor(f"model.layers.{{i}}.{module}.weight", (size,))
+
+    modules = {
+        "q_proj": ("self_attn.q_proj", wide, d),
+        "k_proj": ("self_attn.k_proj", narrow, d),
+        "v_proj": ("self_attn.v_proj", narrow, d),
+        "o_proj": ("self_attn.o_proj", d, wide),
+        "gate_proj": ("mlp.gate_proj", f, d),
+        "up_proj": ("mlp.up_proj", f, d),
+        "down_proj": ("mlp.down_proj", d, f),
+    }
     table = {
         "embed_tokens/weight": Tensor("model.embed_tokens.weight", (arch.vocab_size, d)),
         "norm/weight": Tensor("model.norm.weight", (d,)),
-        "layers/input_norm/weight": Tensor("model.layers.{i}.input_layernorm.weight", (d,)),
-        "layers/q_proj/kernel": kernel("self_attn.q_proj", wide, d),
-        "layers/k_proj/kernel": kernel("self_attn.k_proj", narrow, d),
-        "layers/v_proj/kernel": kernel("self_attn.v_proj", narrow, d),
-        "layers/o_proj/kernel": kernel("self_attn.o_proj", d, wide),
-        "layers/post_norm/weight": Tensor("model.layers.{i}.post_attention_layernorm.weight", (d,)),
-        "layers/gate_proj/kernel": kernel("mlp.gate_proj", f, d),
-        "layers/up_proj/kernel": kernel("mlp.up_proj", f, d),
-        "layers/down_proj/kernel": kernel("mlp.down_proj", d, f),
+        "layers/input_norm/weight": norm("input_layernorm"),
+        **{f"layers/{name}/kernel": kernel(*shape) for name, shape in modules.items()},
     }
+    for name in arch.biases:
+        module, outputs, _ = modules[name]
+        table[f"layers/{name}/bias"] = Tensor(f"model.layers.{{i}}.{module}.bias", (outputs,))
+    if arch.qk_norm:
+        table |= {f"layers/{x}_norm/weight": norm(f"self_attn.{x}_norm", arch.head_dim) for x in "qk"}
+    if arch.norms_after:  # Gemma calls by Llama's name for the norm before the feed-forward part one that follows attention
+        table |= {
+            "layers/attention_out_norm/weight": norm("post_attention_layernorm"),
+            "layers/post_norm/weight": norm("pre_feedforward_layernorm"),
+            "layers/ffw_out_norm/weight": norm("post_feedforward_layernorm"),
+        }
+    else:
+        table["layers/post_norm/weight"] = norm("post_attention_layernorm")
     return table if arch.tied else {**table, "lm_head/weight": Tensor(HEAD, (arch.vocab_size, d))}
 
 

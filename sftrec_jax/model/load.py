@@ -12,10 +12,11 @@ from jax.sharding import Mesh
 from sftrec_jax.config import LoraConfig, ModelConfig, TrainConfig
 from sftrec_jax.errors import UserError
 from sftrec_jax.items.codes import ItemCodes
-from sftrec_jax.model.architecture import Architecture, parse_architecture, read_architecture
+from sftrec_jax.model.architecture import Architecture
 from sftrec_jax.model.decoder import Decoder, Remat
 from sftrec_jax.model.dtype import compute_dtype
 from sftrec_jax.model.gguf_file import read_gguf
+from sftrec_jax.model.hf_config import parse_architecture, read_architecture
 from sftrec_jax.model.hub import BaseSource
 from sftrec_jax.model.layers import PROJECTIONS
 from sftrec_jax.model.lora import AdapterSpec, LoRAParam

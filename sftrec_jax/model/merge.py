@@ -11,7 +11,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from sftrec_jax.items.codes import ItemCodes
-from sftrec_jax.model.attention import attend, packed_mask
+from sftrec_jax.model.attention import attend, first_seen, packed_mask
 from sftrec_jax.model.decoder import Decoder
 from sftrec_jax.model.load import Build
 from sftrec_jax.model.sharding import path_name
@@ -106,10 +106,11 @@ def _causal_logits(graphdef: Any, state: Any, tokens: Array, ids: Array) -> Arra
     model = nnx.merge(graphdef, state)
     model.dtype = jnp.dtype(jnp.float32)
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-    mask = packed_mask(positions, jnp.ones_like(tokens), jnp.zeros_like(tokens), positions + 1)
+    marks = positions, jnp.ones_like(tokens), jnp.zeros_like(tokens), positions + 1
 
-    def masked(query: Array, key: Array, value: Array, cache: None) -> tuple[Array, None]:
-        return attend(query, key, value, mask), None
+    def masked(query: Array, key: Array, value: Array, cache: None, window: Array | None) -> tuple[Array, None]:
+        mask = packed_mask(*marks, None if window is None else first_seen(positions, window))
+        return attend(query, key, value, mask, model.arch.softcap), None
 
     logits = model.logits(model.hidden(tokens, positions, masked)[0])
     return logits[..., model.head.column_of()[ids]]

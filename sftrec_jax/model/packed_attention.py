@@ -6,7 +6,7 @@ import jax
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Int
 
-from sftrec_jax.model.attention import attend, packed_mask
+from sftrec_jax.model.attention import attend, first_seen, packed_mask
 from sftrec_jax.model.blockwise import Marks, block_attention
 from sftrec_jax.model.sharding import BATCH
 from sftrec_jax.model.tree_attention import tree_attention
@@ -20,28 +20,47 @@ LONGEST_KERNEL = 6_144
 """Tokens of a row that the kernels take for any head-dim up to 128 and type; longer ones run in blocks."""
 
 
-def packed_attention(marks: Marks, mesh: Mesh | None, kv_heads: int) -> Callable[[Array, Array, Array], Array]:
-    """What maps query [B, T, N, H], key and value [B, T, K, H] of packed rows to outputs [B, T, N, H].
+def packed_attention(
+    marks: Marks, mesh: Mesh | None, kv_heads: int, softcap: float | None = None
+) -> Callable[[Array, Array, Array, Array | None], Array]:
+    """What maps query [B, T, N, H], key and value [B, T, K, H] of packed rows to outputs [B, T, N, H]; the fourth argument is the
+    layer's window, int32 scalar, or None where it hides nothing.
 
     Args:
         marks: positions, segments, branches, forks, int32 [B, T] each (see `packed_mask`).
         mesh: the devices over whose data and fsdp axes rows are divided, and over whose tensor axis heads are; None: one device.
         kv_heads: K; heads are divided where the tensor axis divides it.
+        softcap: see `soft_capped`.
     """
     length = marks[0].shape[1]
     backend = jax.default_backend()
     if length <= WHOLE or (backend != "cpu" and length < KERNELS):
         mask = packed_mask(*marks)
-        return lambda query, key, value: attend(query, key, value, mask)
+
+        def whole(query: Array, key: Array, value: Array, window: Array | None = None) -> Array:
+            seen = mask if window is None else packed_mask(*_within(marks, window))
+            return attend(query, key, value, seen, softcap)
+
+        return whole
 
     def local(query: Array, key: Array, value: Array, *marks: Int[Array, "B T"]) -> Array:
         if backend != "cpu" and length <= LONGEST_KERNEL:
-            return tree_attention(query, key, value, *marks)
-        return block_attention(query, key, value, marks)  # type: ignore[arg-type]
+            return tree_attention(query, key, value, *marks, softcap=softcap)
+        return block_attention(query, key, value, marks, softcap=softcap)
 
     if mesh is None or mesh.size == 1:
-        return lambda query, key, value: local(query, key, value, *marks)
+        return lambda query, key, value, window=None: local(query, key, value, *_within(marks, window))
     heads = "tensor" if kv_heads % mesh.shape["tensor"] == 0 else None
     states, rows = PartitionSpec(*BATCH, None, heads, None), PartitionSpec(*BATCH)
-    divided = jax.shard_map(local, mesh=mesh, in_specs=(states,) * 3 + (rows,) * 4, out_specs=states, check_vma=False)
-    return lambda query, key, value: divided(query, key, value, *marks)
+
+    def over_devices(query: Array, key: Array, value: Array, window: Array | None = None) -> Array:
+        all_marks = _within(marks, window)
+        specs = (states,) * 3 + (rows,) * len(all_marks)
+        divided = jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=states, check_vma=False)
+        return divided(query, key, value, *all_marks)
+
+    return over_devices
+
+
+def _within(marks: Marks, window: Array | None) -> Marks:
+    return marks if window is None else (*marks[:4], first_seen(marks[0], window))

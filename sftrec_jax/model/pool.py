@@ -11,7 +11,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, Float, Int
 
-from sftrec_jax.model.attention import attend
+from sftrec_jax.model.attention import attend, first_seen
 from sftrec_jax.model.decoder import Decoder
 from sftrec_jax.model.sharding import BATCH
 
@@ -72,10 +72,15 @@ def _pool(graphdef: Any, state: Any, tokens: Int[Array, "B T"], counts: Int[Arra
     # Padding stands to the right, so the causal mask already hides it from every real token.
     causal = positions[:, :, None] >= positions[:, None, :]
 
-    def masked(query: Array, key: Array, value: Array, cache: None) -> tuple[Array, None]:
-        return attend(query, key, value, causal), None
+    decoder: Decoder = nnx.merge(graphdef, state)
 
-    hidden, _ = nnx.merge(graphdef, state).hidden(tokens, positions, masked)
+    def masked(query: Array, key: Array, value: Array, cache: None, window: Array | None) -> tuple[Array, None]:
+        seen = causal
+        if window is not None:
+            seen &= positions[:, None, :] >= first_seen(positions, window)[:, :, None]
+        return attend(query, key, value, seen, decoder.arch.softcap), None
+
+    hidden, _ = decoder.hidden(tokens, positions, masked)
     real = positions < counts[:, None]
     total = jnp.sum(jnp.where(real[..., None], hidden.astype(jnp.float32), 0.0), axis=1)
     return total / jnp.maximum(counts, 1)[:, None]

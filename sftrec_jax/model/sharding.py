@@ -24,7 +24,9 @@ RULES: tuple[tuple[str, PartitionSpec], ...] = (
     (r"layers/(o|down)_proj/lora_b", PartitionSpec(None, None, "fsdp")),
     (r"(embed_tokens|lm_head)/weight", PartitionSpec("tensor", "fsdp")),
     (r"(embed_tokens|lm_head)/rows", PartitionSpec(None, "fsdp")),
-    (r"(layers/(input|post)_norm|norm)/weight", PartitionSpec()),
+    (r"layers/(q|k|v|gate|up)_proj/bias", PartitionSpec(None, "tensor")),
+    (r"layers/(o|down)_proj/bias", PartitionSpec(None, "fsdp")),
+    (r"(layers/\w+_norm|norm)/weight", PartitionSpec()),
 )
 
 BATCH = PartitionSpec(("data", "fsdp"))

@@ -17,10 +17,11 @@ class TokenTable(nnx.Module):
     trainable row replaces has the logit -inf. `column_of` maps a token id to its column.
     """
 
-    def __init__(self, vocab_size: int, hidden_size: int, row_ids: tuple[int, ...], key: Array):
+    def __init__(self, vocab_size: int, hidden_size: int, row_ids: tuple[int, ...], key: Array, softcap: float | None = None):
         self.weight = nnx.Param(jax.random.normal(key, (vocab_size, hidden_size), jnp.float32) * 0.02)
         self.row_ids = row_ids
         self.vocab_size = vocab_size
+        self.softcap = softcap
         if row_ids:
             self.rows = TokenRows(jnp.zeros((len(row_ids), hidden_size), jnp.float32))
 
@@ -43,11 +44,16 @@ class TokenTable(nnx.Module):
     def logits(self, hidden: Float[Array, "... D"]) -> Float[Array, "... C"]:
         """Float32 logits in column order."""
         table = self.weight[...].astype(hidden.dtype)
-        base = jnp.einsum("...d,vd->...v", hidden, table, preferred_element_type=jnp.float32)
+        base = self.capped(jnp.einsum("...d,vd->...v", hidden, table, preferred_element_type=jnp.float32))
         if not self.row_ids:
             return base
         replaced = [i for i in self.row_ids if i < self.vocab_size]
         if replaced:
             base = base.at[..., jnp.asarray(replaced, jnp.int32)].set(-jnp.inf)
         rows = self.rows[...].astype(hidden.dtype)
-        return jnp.concatenate([base, jnp.einsum("...d,vd->...v", hidden, rows, preferred_element_type=jnp.float32)], -1)
+        own = self.capped(jnp.einsum("...d,vd->...v", hidden, rows, preferred_element_type=jnp.float32))
+        return jnp.concatenate([base, own], -1)
+
+    def capped(self, logits: Float[Array, "..."]) -> Float[Array, "..."]:
+        """Logits as the family bounds them: softcap * tanh(logits / softcap), or as they are."""
+        return logits if self.softcap is None else self.softcap * jnp.tanh(logits / self.softcap)

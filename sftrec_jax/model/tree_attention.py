@@ -17,6 +17,8 @@ from jax.experimental.pallas import tpu as pltpu
 from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Float, Int
 
+from sftrec_jax.model.attention import soft_capped
+
 Flavour = Literal["tpu", "gpu"]
 """`tpu`: Mosaic, steps of the grid run one after the other. `gpu`: Triton, they run at once."""
 
@@ -36,11 +38,14 @@ def tree_attention(
     segments: Int[Array, "B T"],
     branches: Int[Array, "B T"],
     forks: Int[Array, "B T"],
+    since: Int[Array, "B T"] | None = None,
     *,
+    softcap: float | None = None,
     block: int = 128,
     interpret: bool | Flavour = False,
 ) -> Float[Array, "B T N H"]:
-    """`attend(query, key, value, packed_mask(positions, segments, branches, forks))`, for TPU and GPU, with gradients.
+    """`attend(query, key, value, packed_mask(positions, segments, branches, forks, since), softcap)`, for TPU and GPU, with
+    gradients.
 
     A segment's tokens must stand together in the row, and none before a token that it sees; padding (segment 0) comes last.
     Outputs of padding are finite but need not be those of `attend`, as padding may see only a part of the padding. Blocks of
@@ -52,13 +57,15 @@ def tree_attention(
         query: float32 or bfloat16 [B, T, N, H], N a multiple of K.
         key: of the same type; softmax and sums are float32 whatever the type.
         value: of the same type.
-        positions, segments, branches, forks: int32, see `packed_mask`.
+        positions, segments, branches, forks, since: int32, see `packed_mask`.
+        softcap: see `soft_capped`.
         block: tokens to a block of queries and of keys: a power of two, on a TPU 128 or more. GPUs take at most 64.
         interpret: run the kernels in Pallas' interpreter, on any platform; "gpu" takes those of the GPU, True those of the TPU.
 
     Raises: ValueError for operands that the kernels do not take; JAX's NotImplementedError on a CPU without `interpret`.
     """
-    _check(query, key, value, (positions, segments, branches, forks), block, bool(interpret))
+    given = (positions, segments, branches, forks) + (() if since is None else (since,))
+    _check(query, key, value, given, block, bool(interpret))
     t, h = query.shape[1], query.shape[3]
     after = -t % block
     wider = (0, 0), (0, 0), (0, after), (0, _width(h) - h)
@@ -67,10 +74,10 @@ def tree_attention(
     marks = Marks(
         *(
             jnp.pad(x.astype(jnp.int32), ((0, 0), (0, after)), constant_values=fill)
-            for x, fill in ((positions, 0), (segments, -1), (branches, 0), (forks, 1))
+            for x, fill in zip(given, (0, -1, 0, 1, 0), strict=False)
         )
     )
-    out = _attention(query, key, value, marks, Plan(block, h**-0.5, interpret))
+    out = _attention(query, key, value, marks, Plan(block, h**-0.5, interpret, softcap))
     return out[:, :, :t, :h].transpose(0, 2, 1, 3)
 
 
@@ -81,12 +88,14 @@ class Marks(NamedTuple):
     segments: Array
     branches: Array
     forks: Array
+    since: Array | None = None
 
 
 class Plan(NamedTuple):
     block: int
     scale: float
     interpret: bool | Flavour
+    softcap: float | None
 
 
 def _check(query: Array, key: Array, value: Array, marks: tuple[Array, ...], block: int, interpret: bool) -> None:
@@ -99,7 +108,7 @@ def _check(query: Array, key: Array, value: Array, marks: tuple[Array, ...], blo
         raise ValueError(f"query is {query.shape} and key {key.shape}; B, T and H must agree, and N be a multiple of K")
     if query.dtype not in (jnp.float32, jnp.bfloat16) or not query.dtype == key.dtype == value.dtype:
         raise ValueError(f"query, key, value are {query.dtype}, {key.dtype}, {value.dtype}; use float32 or bfloat16 for all")
-    for name, array in zip(Marks._fields, marks, strict=True):
+    for name, array in zip(Marks._fields, marks, strict=False):
         if array.shape != (b, t) or not jnp.issubdtype(array.dtype, jnp.integer):
             raise ValueError(f"{name} is {array.dtype} {array.shape}; use integers {(b, t)}")
     least = 8 if interpret else LANES
@@ -162,12 +171,12 @@ def _forward(flavour: Flavour, plan: Plan, marks: Marks, query: Array, key: Arra
     out, sums = _call(
         flavour,
         plan,
-        partial(_forward_kernel, block=block, scale=plan.scale),
+        partial(_forward_kernel, block=block, scale=plan.scale, softcap=plan.softcap),
         grid=(b, n, t // block),
         in_specs=[
             _scalars(flavour),
-            pl.BlockSpec((None, block, MARKS), lambda b, n, i: (b, i, 0)),
-            pl.BlockSpec((None, t // block, MARKS, block), lambda b, n, i: (b, 0, 0, 0)),
+            pl.BlockSpec((None, block, columns.shape[-1]), lambda b, n, i: (b, i, 0)),
+            pl.BlockSpec((None, t // block, columns.shape[-1], block), lambda b, n, i: (b, 0, 0, 0)),
             pl.BlockSpec((None, None, block, h), lambda b, n, i: (b, n, i, 0)),
             pl.BlockSpec((None, None, t, h), lambda b, n, i: (b, lax.div(n, group), 0, 0)),
             pl.BlockSpec((None, None, t, h), lambda b, n, i: (b, lax.div(n, group), 0, 0)),
@@ -206,12 +215,12 @@ def _backward(
     grad_query = _call(
         flavour,
         plan,
-        partial(_query_kernel, block=block, scale=plan.scale),
+        partial(_query_kernel, block=block, scale=plan.scale, softcap=plan.softcap),
         grid=(b, n, t // block),
         in_specs=[
             _scalars(flavour),
-            pl.BlockSpec((None, block, MARKS), lambda b, n, i: (b, i, 0)),
-            pl.BlockSpec((None, t // block, MARKS, block), lambda b, n, i: (b, 0, 0, 0)),
+            pl.BlockSpec((None, block, columns.shape[-1]), lambda b, n, i: (b, i, 0)),
+            pl.BlockSpec((None, t // block, columns.shape[-1], block), lambda b, n, i: (b, 0, 0, 0)),
             *(own, whole, whole, own, own_row, own_row),
         ],
         out_specs=own,
@@ -228,12 +237,12 @@ def _backward(
     grad_key, grad_value = _call(
         flavour,
         plan,
-        partial(_key_kernel, block=block, scale=plan.scale, steps=group // heads),
+        partial(_key_kernel, block=block, scale=plan.scale, softcap=plan.softcap, steps=group // heads),
         grid=(b, k, t // block, group // heads),
         in_specs=[
             _scalars(flavour),
-            pl.BlockSpec((None, block, MARKS), lambda b, k, j, g: (b, j, 0)),
-            pl.BlockSpec((None, t // block, MARKS, block), lambda b, k, j, g: (b, 0, 0, 0)),
+            pl.BlockSpec((None, block, columns.shape[-1]), lambda b, k, j, g: (b, j, 0)),
+            pl.BlockSpec((None, t // block, columns.shape[-1], block), lambda b, k, j, g: (b, 0, 0, 0)),
             *(whole, own, own, whole, whole_rows, whole_rows),
         ],
         out_specs=[own, own],
@@ -263,19 +272,18 @@ def _call(flavour: Flavour, plan: Plan, kernel: "partial[None]", *, grid: tuple[
     return pl.pallas_call(kernel, grid=grid, compiler_params=params, interpret=bool(plan.interpret), name=name, **specs)
 
 
-POSITION, SEGMENT, BRANCH, FORK, TRUNK = range(5)
-MARKS = 5
+POSITION, SEGMENT, BRANCH, FORK, TRUNK, SINCE = range(6)
 
 
 def _laid_out(marks: Marks, block: int) -> tuple[Array, Array, Array, Array]:
-    """The marks of tokens as columns [B, T, 5] and, block by block, as rows [B, T / block, 5, block]; and for each block
+    """The marks of tokens as columns [B, T, M] and, block by block, as rows [B, T / block, M, block]; and for each block
     [B, T / block] the first block that holds keys of its queries, and the last that holds queries of its keys.
     """
-    positions, segments, branches, forks = marks
+    positions, segments, branches, forks, since = marks
     b, t = positions.shape
     # A key off the trunk stands there behind any fork.
     trunk = jnp.where(branches == 0, positions, np.iinfo(np.int32).max)
-    rows = jnp.stack([positions, segments, branches, forks, trunk], axis=1)
+    rows = jnp.stack([positions, segments, branches, forks, trunk, *([] if since is None else [since])], axis=1)
     at = jnp.broadcast_to(jnp.arange(t, dtype=jnp.int32), (b, t))
     differ = segments[:, 1:] != segments[:, :-1]
     edge = jnp.ones((b, 1), bool)
@@ -283,29 +291,35 @@ def _laid_out(marks: Marks, block: int) -> tuple[Array, Array, Array, Array]:
     ends = lax.cummin(jnp.where(jnp.concatenate([differ, edge], axis=1), at, t - 1), axis=1, reverse=True)
     return (
         rows.transpose(0, 2, 1),
-        rows.reshape(b, MARKS, t // block, block).transpose(0, 2, 1, 3),
+        rows.reshape(b, -1, t // block, block).transpose(0, 2, 1, 3),
         starts[:, ::block] // block,
         ends[:, block - 1 :: block] // block,
     )
 
 
 def _as_columns(columns: Any) -> list[Array]:
-    return [columns[:, i : i + 1] for i in range(MARKS)]
+    return [columns[:, i : i + 1] for i in range(columns.shape[-1])]
 
 
 def _as_rows(rows: Any, at: Any) -> list[Array]:
-    return [rows[at, i : i + 1, :] for i in range(MARKS)]
+    return [rows[at, i : i + 1, :] for i in range(rows.shape[-2])]
 
 
 def _visible(query: list[Array], key: list[Array]) -> Array:
     """`packed_mask` of a block: marks of queries [block, 1] and of keys [1, block], or the other way round."""
     trunk = key[TRUNK] < query[FORK]
     own_branch = (query[BRANCH] == key[BRANCH]) & (key[POSITION] <= query[POSITION])
-    return (query[SEGMENT] == key[SEGMENT]) & (trunk | own_branch)
+    seen = (query[SEGMENT] == key[SEGMENT]) & (trunk | own_branch)
+    return seen & (key[POSITION] >= query[SINCE]) if len(query) > SINCE else seen
 
 
-def _scores(left: Array, right: Array, visible: Array, scale: float) -> Array:
-    return jnp.where(visible, _dot_transposed(left, right) * scale, HIDDEN)
+def _scores(left: Array, right: Array, visible: Array, scale: float, softcap: float | None) -> tuple[Array, Array | float]:
+    """Scores, HIDDEN where not visible, and their derivative by the products times `scale`."""
+    scores, slope = _dot_transposed(left, right) * scale, 1.0
+    if softcap is not None:
+        scores = soft_capped(scores, softcap)
+        slope = 1 - (scores / softcap) ** 2
+    return jnp.where(visible, scores, HIDDEN), slope
 
 
 def _dot_transposed(left: Array, right: Array) -> Array:
@@ -322,7 +336,18 @@ def _tokens(at: Any, block: int) -> Any:
 
 
 def _forward_kernel(
-    first: Any, columns: Any, rows: Any, query: Any, keys: Any, values: Any, out: Any, sums: Any, *, block: int, scale: float
+    first: Any,
+    columns: Any,
+    rows: Any,
+    query: Any,
+    keys: Any,
+    values: Any,
+    out: Any,
+    sums: Any,
+    *,
+    block: int,
+    scale: float,
+    softcap: float | None,
 ) -> None:
     i = pl.program_id(2)
     q, marks = query[...], _as_columns(columns)
@@ -330,7 +355,7 @@ def _forward_kernel(
     def step(j: Any, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
         top, total, mixed = carry
         k, v = keys[_tokens(j, block), :], values[_tokens(j, block), :]
-        scores = _scores(q, k, _visible(marks, _as_rows(rows, j)), scale)
+        scores, _ = _scores(q, k, _visible(marks, _as_rows(rows, j)), scale, softcap)
         above = jnp.maximum(top, scores.max(axis=1, keepdims=True))
         weights, less = jnp.exp(scores - above), jnp.exp(top - above)
         return above, total * less + weights.sum(axis=1, keepdims=True), mixed * less + _dot(weights, v)
@@ -355,6 +380,7 @@ def _query_kernel(
     *,
     block: int,
     scale: float,
+    softcap: float | None,
 ) -> None:
     i = pl.program_id(2)
     q, do, marks = query[...], cotangent[...], _as_columns(columns)
@@ -362,8 +388,8 @@ def _query_kernel(
 
     def step(j: Any, grad: Array) -> Array:
         k, v = keys[_tokens(j, block), :], values[_tokens(j, block), :]
-        weights = jnp.exp(_scores(q, k, _visible(marks, _as_rows(rows, j)), scale) - total)
-        return grad + _dot(weights * (_dot_transposed(do, v) - mean), k)
+        scores, slope = _scores(q, k, _visible(marks, _as_rows(rows, j)), scale, softcap)
+        return grad + _dot(jnp.exp(scores - total) * (_dot_transposed(do, v) - mean) * slope, k)
 
     grad = lax.fori_loop(first[pl.program_id(0), i], i + 1, step, jnp.zeros(q.shape, jnp.float32))
     grad_query[...] = (grad * scale).astype(grad_query.dtype)
@@ -384,6 +410,7 @@ def _key_kernel(
     *,
     block: int,
     scale: float,
+    softcap: float | None,
     steps: int,
 ) -> None:
     """Scores stand transposed here, keys down and queries across, so that both gradients are plain products."""
@@ -395,8 +422,9 @@ def _key_kernel(
 
         def step(i: Any, carry: tuple[Array, Array], g: int = g) -> tuple[Array, Array]:
             q, do = queries[g, _tokens(i, block), :], cotangents[g, _tokens(i, block), :]
-            weights = jnp.exp(_scores(k, q, _visible(_as_rows(rows, i), marks), scale) - sums[g, i])
-            inner = weights * (_dot_transposed(v, do) - means[g, i])
+            scores, slope = _scores(k, q, _visible(_as_rows(rows, i), marks), scale, softcap)
+            weights = jnp.exp(scores - sums[g, i])
+            inner = weights * (_dot_transposed(v, do) - means[g, i]) * slope
             return carry[0] + _dot(inner, q), carry[1] + _dot(weights, do)
 
         grads = lax.fori_loop(j, until, step, grads)

@@ -1,6 +1,7 @@
 """The stages of a run after `prepare`: train and export (and `evaluation.py`). Each takes an open session and leaves files."""
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from sftrec_jax.model.export import export_adapter, export_merged
 from sftrec_jax.model.remat import choose_remat
 from sftrec_jax.model.sharding import BATCH, with_arrays
 from sftrec_jax.run.evaluation import Asked, list_metrics
+from sftrec_jax.run.export_catalogue import write_catalogue
 from sftrec_jax.run.session import Session, describe_devices, recommender
 from sftrec_jax.train.batches import BatchPlan
 from sftrec_jax.train.calibrate import calibrate
@@ -184,7 +186,7 @@ def export_to(session: Session, decoder: Decoder, command: str, out: Path, form:
     card = _card(session, command)
     parts = (decoder, session.build, session.codes, session.tokenizer)
     if form == "merged":
-        report = export_merged(*parts, out, card, dtype, overwrite)
+        report = export_merged(*parts, out, card, dtype, overwrite, more=partial(write_catalogue, session))
         change = f"; merging changed logits by at most {report.merge_change:.1e}"
     else:
         report = export_adapter(*parts, session.config.model.base, out, card, overwrite)
