@@ -264,9 +264,27 @@ class LoraConfig:
     dropout: float = 0.0
     """Dropout on the adapter's input."""
     targets: str | tuple[str, ...] = "all-linear"
-    """`all-linear`, or module names such as `q_proj`, `v_proj`; one that matches nothing is an error."""
+    """`all-linear`, module names such as `q_proj`, `v_proj`, or a regular expression that module paths such as
+    `model.layers.3.self_attn.q_proj` match as a whole; one that matches nothing is an error."""
+    use_rslora: bool = False
+    """The update is scaled by alpha / sqrt(r)."""
+    use_dora: bool = False
+    """Train the lengths of the kernel's columns too (DoRA)."""
+    init: Literal["default", "pissa"] = "default"
+    """`default`: A random, B zero. `pissa`: A and B take the principal part of the kernel, the base keeps the rest."""
+    rank_pattern: dict[str, int] = field(default_factory=dict)
+    """Ranks of other modules than most: name, end of a path or regular expression -> rank; the first that matches counts."""
+    alpha_pattern: dict[str, float] = field(default_factory=dict)
+    """The same for alpha."""
+    layers_to_transform: tuple[int, ...] | None = None
+    """Layers, from 0, that get adapters; null: all."""
+    start: str | None = None
+    """Folder of a PEFT adapter, or of an earlier run, to begin with; it says rank, alpha, targets and kind."""
 
     def __post_init__(self) -> None:
+        for name, least in (("rank_pattern", 1), ("alpha_pattern", 0)):
+            for key, value in getattr(self, name).items():
+                _require(value >= least and value > 0, f"lora.{name}: {key} is {value}; use a positive number")
         _require(self.r >= 1, f"lora.r is {self.r}; use 1 or more (train.method: full trains without adapters)")
         _require(0 <= self.dropout < 1, f"lora.dropout is {self.dropout}; use a value in [0, 1)")
         _require(self.alpha > 0, f"lora.alpha is {self.alpha}; use a positive value")
@@ -295,6 +313,8 @@ class TrainConfig:
     """Passes per optimizer step, weighted by their target tokens."""
     learning_rate: float = 2e-4
     """Peak learning rate of the adapters (method lora) or of everything (full)."""
+    loraplus_lr_ratio: float | None = None
+    """Rate of adapters' B over that of A (LoRA+, Hayou et al. 2024, arXiv:2402.12354), 1 or more; null: the same."""
     rows_learning_rate: float | None = None
     """Peak learning rate of new token rows; null: `learning_rate`."""
     warmup_fraction: float = 0.05
@@ -335,6 +355,10 @@ class TrainConfig:
         for name in ("max_steps", "validate_every"):
             value = getattr(self, name)
             _require(value is None or value >= 1, f"train.{name} is {value}; use 1 or more, or null")
+        ratio = self.loraplus_lr_ratio
+        _require(
+            ratio is None or (ratio >= 1 and math.isfinite(ratio)), f"train.loraplus_lr_ratio is {ratio}; use 1 or more, or null"
+        )
         _require(self.clip_norm >= 0, f"train.clip_norm is {self.clip_norm}; use 0 (never) or more")
 
 

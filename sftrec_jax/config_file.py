@@ -22,6 +22,7 @@ PATH_FIELDS = {
     "items": ("codes_file",),
     "embedding": ("file", "sentence_model"),
     "model": ("base", "tokenizer"),
+    "lora": ("start",),
 }
 
 
@@ -36,6 +37,9 @@ def _matches(value: Any, annotation: Any) -> bool:
         return any(_matches(value, arm) for arm in typing.get_args(annotation))
     if origin is Literal:
         return value in typing.get_args(annotation)
+    if origin is dict:
+        of_key, of_value = typing.get_args(annotation)
+        return isinstance(value, dict) and all(_matches(k, of_key) and _matches(v, of_value) for k, v in value.items())
     if origin is tuple:
         element = typing.get_args(annotation)[0]
         return isinstance(value, tuple | list) and all(_matches(v, element) for v in value)

@@ -78,7 +78,8 @@ def make_case(base: Path, lora: LoraConfig | None, atomic: bool = True, trained:
     train = TrainConfig(method="full" if lora is None else "lora")
     arch = source_architecture(source)
     build = make_build(ModelConfig(compute_dtype="float32"), lora or LoraConfig(), train, arch, codes)
-    decoder = load_decoder(build, source, codes, make_mesh(MeshConfig(), jax.devices()[:1]), 0, False)
+    mesh, start = make_mesh(MeshConfig(), jax.devices()[:1]), None if lora is None else lora.start
+    decoder = load_decoder(build, source, codes, mesh, 0, False, start=start)
     return Case(randomised(decoder, lora is None) if trained else decoder, build, codes, tokenizer, base)
 
 
@@ -90,7 +91,7 @@ def randomised(decoder: Decoder, everything: bool) -> Decoder:
         value = np.asarray(leaf[...])
         if isinstance(leaf, TokenRows):
             leaf = leaf.replace(jnp.asarray(rng.normal(0, 0.3, value.shape), jnp.float32))
-        elif everything or path_name(path).endswith("lora_b"):
+        elif everything or path_name(path).endswith(("lora_b", "lora_magnitude")):
             leaf = leaf.replace(jnp.asarray(value + rng.normal(0, 0.1, value.shape), jnp.float32))
         flat.append((path, leaf))
     return nnx.merge(graphdef, nnx.from_flat_state(flat))

@@ -18,11 +18,10 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Lo
 from sftrec_jax.config import DecodeConfig, MeshConfig
 from sftrec_jax.decode.recommender import Recommender
 from sftrec_jax.items.codes import ItemCodes
+from sftrec_jax.model.adapters import PROJECTIONS, AdapterSpec
 from sftrec_jax.model.decoder import Decoder
 from sftrec_jax.model.hub import BaseSource
-from sftrec_jax.model.layers import PROJECTIONS
 from sftrec_jax.model.load import Build, load_decoder, source_architecture
-from sftrec_jax.model.lora import AdapterSpec
 from sftrec_jax.model.sharding import make_mesh
 
 # peft 0.21 asks transformers 5.23 for a name that it renamed; this can go once peft asks for the new one.

@@ -18,9 +18,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from sftrec_jax.config import LoraConfig
 from sftrec_jax.errors import UserError
 from sftrec_jax.model.cards import CardInfo
-from sftrec_jax.model.export import ExportReport, export_adapter, export_merged
+from sftrec_jax.model.export import ExportReport, export_merged
 from sftrec_jax.model.export_files import plan_shards
 from sftrec_jax.model.load import source_architecture
+from sftrec_jax.model.peft_write import export_adapter
 
 # peft 0.21 asks transformers 5.23 for a name that it renamed; this can go once peft asks for the new one.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")

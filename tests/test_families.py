@@ -14,8 +14,9 @@ from safetensors.torch import load_file
 from test_export import CARD, LORA
 
 from sftrec_jax.errors import UserError
-from sftrec_jax.model.export import export_adapter, export_merged
+from sftrec_jax.model.export import export_merged
 from sftrec_jax.model.load import source_architecture
+from sftrec_jax.model.peft_write import export_adapter
 
 # peft 0.21 asks transformers 5.23 for a name that it renamed; this can go once peft asks for the new one.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")

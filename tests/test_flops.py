@@ -11,12 +11,11 @@ import jax.numpy as jnp
 import pytest
 from flax import nnx
 
+from sftrec_jax.model.adapters import PROJECTIONS, AdapterSpec
 from sftrec_jax.model.architecture import Architecture
 from sftrec_jax.model.attention import attend
 from sftrec_jax.model.decoder import Decoder
-from sftrec_jax.model.layers import PROJECTIONS
 from sftrec_jax.model.load import trainable_filter
-from sftrec_jax.model.lora import AdapterSpec
 from sftrec_jax.model.rope import rope_tables
 from sftrec_jax.train import flops
 from sftrec_jax.train.flops import peak_flops, step_flops

@@ -15,12 +15,12 @@ from transformers import AutoModelForCausalLM
 
 from sftrec_jax.config import LoraConfig
 from sftrec_jax.errors import UserError
+from sftrec_jax.model.adapters import PROJECTIONS, AdapterSpec, adapter_spec
 from sftrec_jax.model.cards import CardInfo
-from sftrec_jax.model.export import export_adapter
-from sftrec_jax.model.layers import PROJECTIONS
-from sftrec_jax.model.load import adapter_spec
-from sftrec_jax.model.lora import AdapterSpec, Linear
+from sftrec_jax.model.hf_config import read_architecture
+from sftrec_jax.model.lora import Linear
 from sftrec_jax.model.merge import arrays_of
+from sftrec_jax.model.peft_write import export_adapter
 
 # peft 0.21 asks transformers 5.23 for a name that it renamed; this can go once peft asks for the new one.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
@@ -83,9 +83,9 @@ def test_adapter_starts_as_in_peft_and_changes_nothing(base: Path) -> None:
 
 
 @pytest.mark.parametrize("targets", [("q_proj", "query"), "q", ()])
-def test_unmatched_target_is_an_error(targets: str | tuple[str, ...]) -> None:
+def test_unmatched_target_is_an_error(base: Path, targets: str | tuple[str, ...]) -> None:
     with pytest.raises(UserError, match=r"lora\.targets: .*q_proj"):
-        adapter_spec(LoraConfig(targets=targets))
+        adapter_spec(LoraConfig(targets=targets), read_architecture(base))
 
 
 def test_dropout_is_unbiased_and_off_without_a_key() -> None:

@@ -17,8 +17,8 @@ from transformers import AutoModelForCausalLM
 from sftrec_jax.config import LoraConfig, PromptConfig
 from sftrec_jax.data.segments import Example, PackedBatch
 from sftrec_jax.model.cards import CardInfo
-from sftrec_jax.model.export import export_adapter
 from sftrec_jax.model.load import trainable_filter
+from sftrec_jax.model.peft_write import export_adapter
 from sftrec_jax.train.loss import weighted_cross_entropy
 
 # peft 0.21 asks transformers 5.23 for a name that it renamed; this can go once peft asks for the new one.

@@ -10,9 +10,9 @@ from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
+from sftrec_jax.model.adapters import AdapterSpec
 from sftrec_jax.model.architecture import Architecture
 from sftrec_jax.model.layers import Attend, Layers, RMSNorm
-from sftrec_jax.model.lora import AdapterSpec
 from sftrec_jax.model.packed_attention import packed_attention
 from sftrec_jax.model.rope import all_tables
 from sftrec_jax.model.token_table import TokenTable

@@ -11,15 +11,14 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from sftrec_jax.model.adapters import PROJECTIONS, AdapterSpec
 from sftrec_jax.model.architecture import Architecture
-from sftrec_jax.model.lora import AdapterSpec, Linear
+from sftrec_jax.model.lora import Linear
 from sftrec_jax.model.rope import apply_rope
 
 Attend = Callable[[Array, Array, Array, Any, Array | None], tuple[Array, Any]]
 """(query, key, value, one layer's cache, its window) -> (attention output, the layer's new cache or output). The window: int32
 scalar, positions that a token sees, itself included; huge in a layer that sees all; None where no layer of the model slides."""
-
-PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
 class RMSNorm(nnx.Module):

@@ -12,14 +12,16 @@ from jax.sharding import Mesh
 from sftrec_jax.config import LoraConfig, ModelConfig, TrainConfig
 from sftrec_jax.errors import UserError
 from sftrec_jax.items.codes import ItemCodes
+from sftrec_jax.model.adapter_start import begin_adapters
+from sftrec_jax.model.adapters import AdapterSpec
 from sftrec_jax.model.architecture import Architecture
 from sftrec_jax.model.decoder import Decoder, Remat
 from sftrec_jax.model.dtype import compute_dtype
 from sftrec_jax.model.gguf_file import read_gguf
 from sftrec_jax.model.hf_config import parse_architecture, read_architecture
 from sftrec_jax.model.hub import BaseSource
-from sftrec_jax.model.layers import PROJECTIONS
-from sftrec_jax.model.lora import AdapterSpec, LoRAParam
+from sftrec_jax.model.lora import AdapterConstant, LoRAParam
+from sftrec_jax.model.peft_read import configured_spec, read_adapter
 from sftrec_jax.model.remat import choose_remat
 from sftrec_jax.model.sharding import named_arrays, path_name, sharding_for, with_arrays
 from sftrec_jax.model.token_table import TokenRows
@@ -32,17 +34,6 @@ TRAINABLE = nnx.Any(LoRAParam, TokenRows)
 def trainable_filter(method: str) -> Any:
     """The nnx filter of trained variables: token rows, adapters and token rows, or everything."""
     return {"rows": TokenRows, "lora": TRAINABLE, "full": nnx.Variable}[method]
-
-
-def adapter_spec(config: LoraConfig) -> AdapterSpec:
-    """Resolves `all-linear` and checks the names; one that matches no projection is a UserError."""
-    wanted = PROJECTIONS if config.targets == "all-linear" else config.targets
-    wanted = (wanted,) if isinstance(wanted, str) else tuple(wanted)
-    unknown = [name for name in wanted if name not in PROJECTIONS]
-    if unknown or not wanted:
-        what = f"{unknown[0]!r} matches no projection" if unknown else "the list is empty"
-        raise UserError(f"lora.targets: {what}; use all-linear or names among {', '.join(PROJECTIONS)}")
-    return AdapterSpec(config.r, config.alpha, config.dropout, tuple(p for p in PROJECTIONS if p in wanted))
 
 
 def source_architecture(source: BaseSource) -> Architecture:
@@ -82,7 +73,7 @@ def make_build(
             f"atomic, or train.{other}"
         )
     dtype, _ = compute_dtype(model)
-    adapters = adapter_spec(lora) if train.method == "lora" else None
+    adapters = configured_spec(lora, arch) if train.method == "lora" else None
     frozen = jnp.dtype(jnp.float32) if train.method == "full" else dtype
     remat, _ = choose_remat(model, train, arch, adapters, dtype, mesh)
     return Build(arch, adapters, tuple(int(i) for i in codes.new_token_ids), dtype, frozen, remat)
@@ -117,11 +108,12 @@ def load_decoder(
     seed: int,
     from_scratch: bool,
     vectors: np.ndarray | None = None,
+    start: str | None = None,
 ) -> Decoder:
     """Builds the decoder and fills it, each array straight into its sharding.
 
-    Adapters start at the identity (B = 0). With `from_scratch` the base is random, drawn by `seed`. `vectors`: see
-    `initial_rows`.
+    Adapters start at the identity. With `from_scratch` the base is random, drawn by `seed`. `vectors`: see `initial_rows`.
+    `start`: folder of a PEFT adapter with whose weights, and rows of tokens of the same names, adapters begin.
     """
     abstract = nnx.eval_shape(lambda: build.decoder(jax.random.key(0), mesh))
     graphdef, abstract_state = nnx.split(abstract)
@@ -131,7 +123,7 @@ def load_decoder(
     def initialise(key: jax.Array) -> dict[str, jax.Array]:
         return named_arrays(nnx.split(build.decoder(key))[1])
 
-    base_names = [n for n, leaf in names.items() if not isinstance(leaf, LoRAParam | TokenRows)]
+    base_names = [n for n, leaf in names.items() if not isinstance(leaf, LoRAParam | AdapterConstant | TokenRows)]
     wanted = list(names) if from_scratch else [n for n in names if n not in base_names]
     pick = jax.jit(lambda key: {n: initialise(key)[n] for n in wanted}, out_shardings={n: shardings[n] for n in wanted})
     arrays: dict[str, jax.Array] = pick(jax.random.key(seed)) if wanted else {}
@@ -147,4 +139,8 @@ def load_decoder(
         rows = name.replace("weight", "rows")
         if rows in names:
             arrays[rows] = jax.device_put(initial_rows(table, codes, vectors), shardings[rows])
+    if build.adapters is not None:
+        given = read_adapter(start, build.adapters, build.arch, codes) if start else {}
+        begun = begin_adapters(build.adapters, arrays, given)
+        arrays |= {name: jax.device_put(value, shardings[name]) for name, value in begun.items()}
     return nnx.merge(graphdef, with_arrays(abstract_state, arrays))

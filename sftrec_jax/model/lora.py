@@ -4,13 +4,12 @@ Parameters carry a leading layer axis; `__call__` sees one layer's slice. Kernel
 [out, in]). Shapes: B batch, T tokens, I inputs, O outputs, R rank.
 """
 
-from dataclasses import dataclass
-
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+from sftrec_jax.model.adapters import AdapterSpec
 from sftrec_jax.model.kernel import lora_linear
 
 
@@ -18,19 +17,8 @@ class LoRAParam(nnx.Variable):
     """An adapter matrix: trained, saved in every checkpoint."""
 
 
-@dataclass(frozen=True)
-class AdapterSpec:
-    """LoRA (Hu et al. 2021) as PEFT defines it: W x + (alpha / r) B A dropout(x), on the named projections."""
-
-    r: int
-    alpha: float
-    dropout: float
-    targets: tuple[str, ...]
-
-    @property
-    def scale(self) -> float:
-        """alpha / r."""
-        return self.alpha / self.r
+class AdapterConstant(nnx.Variable):
+    """What follows from the adapters' sizes: neither trained nor read."""
 
 
 class Linear(nnx.Module):
@@ -50,13 +38,22 @@ class Linear(nnx.Module):
         self.kernel = nnx.Param(jax.random.normal(kernel_key, (layers, inputs, outputs), jnp.float32) * 0.02)
         if bias:
             self.bias = nnx.Param(jnp.zeros((layers, outputs), jnp.float32))
-        self.scale = adapters.scale if adapters and name in adapters.targets else 0.0
-        self.dropout = adapters.dropout if adapters else 0.0
-        if adapters and name in adapters.targets:
-            # PEFT draws A by kaiming_uniform(a=sqrt(5)), that is U(-1/sqrt(in), 1/sqrt(in)), and B is 0.
-            bound = inputs**-0.5
-            self.lora_a = LoRAParam(jax.random.uniform(a_key, (layers, inputs, adapters.r), jnp.float32, -bound, bound))
-            self.lora_b = LoRAParam(jnp.zeros((layers, adapters.r, outputs), jnp.float32))
+        rank = adapters.rank(name) if adapters else 0
+        self.scale, self.dropout, self.dora = 0.0, 0.0, False
+        if adapters is None or not rank:
+            return
+        self.scale, self.dropout, self.dora = adapters.scale(name, 0), adapters.dropout, adapters.dora
+        # PEFT draws A by kaiming_uniform(a=sqrt(5)), that is U(-1/sqrt(in), 1/sqrt(in)), and B is 0.
+        bound = inputs**-0.5
+        self.lora_a = LoRAParam(jax.random.uniform(a_key, (layers, inputs, rank), jnp.float32, -bound, bound))
+        self.lora_b = LoRAParam(jnp.zeros((layers, rank, outputs), jnp.float32))
+        if adapters.ranks:
+            self.lora_scale = AdapterConstant(column_scales(adapters, name, layers))
+            self.scale = 1.0
+        if adapters.pissa:
+            self.pissa_a, self.pissa_b = (AdapterConstant(jnp.zeros_like(x[...])) for x in (self.lora_a, self.lora_b))
+        if adapters.dora:
+            self.lora_magnitude = LoRAParam(jnp.ones((layers, outputs), jnp.float32))  # set from the kernel once that is read
 
     def __call__(self, x: Float[Array, "B T I"], dropout_key: Array | None = None) -> Float[Array, "B T O"]:
         y = self._product(x, dropout_key)
@@ -70,5 +67,29 @@ class Linear(nnx.Module):
         if dropout_key is not None and self.dropout:
             keep = jax.random.bernoulli(dropout_key, 1.0 - self.dropout, x.shape)
             z = jnp.where(keep, x / (1.0 - self.dropout), 0).astype(x.dtype)
-        a, b = self.lora_a[...].astype(x.dtype), (self.lora_b[...] * self.scale).astype(x.dtype)
-        return lora_linear(x, z, jax.lax.stop_gradient(kernel), a, b)
+        wide = self.lora_b[...] * (self.lora_scale[...][:, None] if hasattr(self, "lora_scale") else self.scale)
+        a, b, frozen = self.lora_a[...].astype(x.dtype), wide.astype(x.dtype), jax.lax.stop_gradient(kernel)
+        if not self.dora:
+            return lora_linear(x, z, frozen, a, b)
+        lengths = column_lengths(*jax.lax.stop_gradient((self.kernel[...], self.lora_a[...], wide)))
+        by = self.lora_magnitude[...] / lengths
+        if hasattr(self, "lora_scale"):
+            by = jnp.where(self.lora_scale[...].any(), by, 1.0)  # a layer without an adapter
+        y = by.astype(x.dtype) * lora_linear(z, z, frozen, a, b)
+        return y if z is x else y + (x - z) @ frozen
+
+
+def column_scales(adapters: AdapterSpec, name: str, layers: int) -> Float[Array, "layers R"]:
+    """What each column of A counts for, by layer: alpha / r of that layer, 0 beyond its rank."""
+    ranks = jnp.asarray(adapters.layer_ranks(name, layers))
+    scales = jnp.asarray([adapters.scale(name, i) for i in range(layers)], jnp.float32)
+    return jnp.where(jnp.arange(adapters.rank(name)) < ranks[:, None], scales[:, None], 0.0)
+
+
+def column_lengths(kernel: Float[Array, "I O"], a: Float[Array, "I R"], b: Float[Array, "R O"]) -> Float[Array, "O"]:
+    """Euclidean lengths of the columns of W + A B, float32, without A B: |w|^2 + 2 w A b + b A' A b. `b` is scaled."""
+    wide = kernel.astype(jnp.float32)
+    with jax.default_matmul_precision("highest"):
+        cross, inner = a.T @ wide, a.T @ a
+        squares = jnp.sum(wide * wide, axis=0) + jnp.sum(b * (2 * cross + inner @ b), axis=0)
+    return jnp.sqrt(jnp.maximum(squares, jnp.finfo(jnp.float32).tiny))

@@ -67,9 +67,16 @@ def merged_decoder(decoder: Decoder, build: Build) -> Decoder:
         if build.adapters is None or variable != "kernel" or f"{module}/lora_a" not in have:
             return value
         a, b = have[f"{module}/lora_a"], have[f"{module}/lora_b"]
+        scales = have.get(f"{module}/lora_scale")
+        b = b * (build.adapters.scale(module.split("/")[-1], 0) if scales is None else scales[..., None])
         # TPU and GPU multiply float32 in lower precision unless told otherwise.
-        update = jnp.einsum("lir,lro->lio", a, b, precision=jax.lax.Precision.HIGHEST)
-        return value + build.adapters.scale * update
+        whole = value + jnp.einsum("lir,lro->lio", a, b, precision=jax.lax.Precision.HIGHEST)
+        if not build.adapters.dora:
+            return whole
+        by = have[f"{module}/lora_magnitude"] / jnp.linalg.norm(whole, axis=1)
+        if scales is not None:
+            by = jnp.where(scales.any(-1, keepdims=True), by, 1.0)  # layers without an adapter
+        return whole * by[:, None]
 
     graphdef, abstract = nnx.split(nnx.eval_shape(lambda: plain.decoder(jax.random.key(0))))
     flat = [(path, leaf.replace(merged(path_name(path)))) for path, leaf in nnx.to_flat_state(abstract)]

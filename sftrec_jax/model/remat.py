@@ -7,9 +7,9 @@ import jax
 from jax.sharding import Mesh
 
 from sftrec_jax.config import ModelConfig, TrainConfig
+from sftrec_jax.model.adapters import AdapterSpec
 from sftrec_jax.model.architecture import Architecture
 from sftrec_jax.model.decoder import Remat
-from sftrec_jax.model.lora import AdapterSpec
 
 SHARE = 0.25
 """All activations of the layers are kept where they take no more than this of a device's memory."""
@@ -37,7 +37,7 @@ def choose_remat(
 def kept_bytes(arch: Architecture, adapters: AdapterSpec | None, dtype: Any) -> int:
     """Bytes a token that the backward pass of all layers needs where nothing is computed again: an estimate by counting."""
     wide, narrow = arch.heads * arch.head_dim, arch.kv_heads * arch.head_dim
-    rank = adapters.r * len(adapters.targets) if adapters else 0
+    rank = sum(adapters.rank(name) for name in adapters.targets) if adapters else 0
     # Inputs of both norms and of the products behind them; queries, outputs of attention in its layout and in rows, keys and
     # values; gate, its sigmoid, SiLU, up, and their product.
     values = 4 * arch.hidden_size + 3 * wide + 2 * narrow + 5 * arch.ffw_size + rank

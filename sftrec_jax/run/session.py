@@ -1,5 +1,7 @@
 """A run opened in memory: configuration, data, codes, tokenizer, model shape, mesh, prompts."""
 
+import dataclasses
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,6 +24,7 @@ from sftrec_jax.items.codes import ItemCodes
 from sftrec_jax.model.decoder import Decoder
 from sftrec_jax.model.hub import BaseSource, load_tokenizer, resolve_base
 from sftrec_jax.model.load import Build, load_decoder, make_build, source_architecture, trainable_filter
+from sftrec_jax.model.peft_read import adapter_folder
 from sftrec_jax.model.sharding import make_mesh, named_arrays, with_arrays
 from sftrec_jax.run.folder import RunFolder, open_folder
 from sftrec_jax.run.naming import name_items
@@ -50,7 +53,8 @@ class Session:
         """The decoder before training: base weights, adapters at the identity, new rows at their first values."""
         model = self.config.model
         vectors = np.load(self.folder.item_vectors) if self.folder.item_vectors.exists() else None
-        return load_decoder(self.build, self.source, self.codes, self.mesh, self.config.train.seed, model.from_scratch, vectors)
+        seed, start = self.config.train.seed, self.config.lora.start if self.build.adapters is not None else None
+        return load_decoder(self.build, self.source, self.codes, self.mesh, seed, model.from_scratch, vectors, start)
 
     def split(self, decoder: Decoder) -> tuple[nnx.GraphDef, nnx.State, nnx.State]:
         """(graphdef, trained variables, frozen variables)."""
@@ -84,6 +88,7 @@ def _open(folder: RunFolder, config: RunConfig, dataset: Dataset, codes: ItemCod
             "set model.tokenizer to the model's own"
         )
     mesh = make_mesh(config.mesh)
+    config = _with_own_start(folder, config)
     if codes is None:
         # Here and not where a run is opened again: recommending works on any number of devices.
         ways, rows = mesh.shape["data"] * mesh.shape["fsdp"], config.train.batch_rows
@@ -112,6 +117,16 @@ def _open(folder: RunFolder, config: RunConfig, dataset: Dataset, codes: ItemCod
         mesh=mesh,
         prompts=prompt_builder(config.prompt, codes, tokenizer, context),
     )
+
+
+def _with_own_start(folder: RunFolder, config: RunConfig) -> RunConfig:
+    """The config with `lora.start` in the run's own folder, copied there at first, so that the run stands by itself."""
+    if config.lora.start is None or config.train.method != "lora":
+        return config
+    own = folder.prepared / "start_adapter"
+    if not own.exists():
+        shutil.copytree(adapter_folder(config.lora.start), own)
+    return dataclasses.replace(config, lora=dataclasses.replace(config.lora, start=str(own)))
 
 
 def prepare(folder: RunFolder, config: RunConfig) -> Session:

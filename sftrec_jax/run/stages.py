@@ -20,7 +20,9 @@ from sftrec_jax.items.paths import codes_paths
 from sftrec_jax.model.cards import CardInfo
 from sftrec_jax.model.decoder import Decoder
 from sftrec_jax.model.dtype import compute_dtype
-from sftrec_jax.model.export import export_adapter, export_merged
+from sftrec_jax.model.export import export_merged
+from sftrec_jax.model.peft_read import trains_tokens
+from sftrec_jax.model.peft_write import export_adapter
 from sftrec_jax.model.remat import choose_remat
 from sftrec_jax.model.sharding import BATCH, with_arrays
 from sftrec_jax.run.evaluation import Asked, list_metrics
@@ -51,7 +53,10 @@ def train_stage(session: Session, resume: bool) -> TrainResult:
     counts = session.prompts.counts
     plan = BatchPlan(segments, t := config.train)
     decoder = session.base_decoder()
-    if session.codes.new_tokens:
+    start = config.lora.start if t.method == "lora" else None
+    if start is not None:
+        console.print(f"adapters: begin with those of {start}")
+    if session.codes.new_tokens and (start is None or not trains_tokens(start)):
         batch = jax.tree.map(lambda x: x[0], plan.batch(0))
         share = calibrate(decoder, jax.device_put(batch, NamedSharding(session.mesh, BATCH)))
         console.print(f"new rows: {len(session.codes.new_tokens):,}, shifted by {share:.2f} of their length to match text")

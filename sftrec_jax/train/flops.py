@@ -7,8 +7,8 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
+from sftrec_jax.model.adapters import AdapterSpec
 from sftrec_jax.model.architecture import Architecture
-from sftrec_jax.model.lora import AdapterSpec
 
 DATA_SHEET = {
     "TPU v4": 275e12,
@@ -92,14 +92,14 @@ def step_flops(
     return StepFlops(layers, lora, attention, head)
 
 
-def _layer(arch: Architecture, adapters: AdapterSpec | None, method: str, flows: bool) -> tuple[int, int, int, bool]:
+def _layer(arch: Architecture, adapters: AdapterSpec | None, method: str, flows: bool) -> tuple[float, float, int, bool]:
     """FLOPs of one layer for kernels and adapters a token, for attention a pair; whether its output has a gradient.
 
     `flows`: whether its input has one.
     """
     d, f = arch.hidden_size, arch.ffw_size
     wide, narrow = arch.heads * arch.head_dim, arch.kv_heads * arch.head_dim
-    kernel, adapter = 0, 0
+    kernel, adapter = 0.0, 0.0
 
     def linear(name: str, inputs: int, outputs: int, flows: bool) -> bool:
         nonlocal kernel, adapter
@@ -108,7 +108,7 @@ def _layer(arch: Architecture, adapters: AdapterSpec | None, method: str, flows:
             return flows or method == "full"
         # The gradient after A serves both A's gradient and the input's.
         trained = method == "lora"
-        adapter += 2 * adapters.r * (inputs * (1 + trained + flows) + outputs * (1 + trained + (trained or flows)))
+        adapter += 2 * adapters.mean_rank(name) * (inputs * (1 + trained + flows) + outputs * (1 + trained + (trained or flows)))
         return flows or trained
 
     query = linear("q_proj", d, wide, flows)

@@ -8,8 +8,8 @@ from typing import Any, Literal
 import jax
 import numpy as np
 
+from sftrec_jax.model.adapters import AdapterSpec
 from sftrec_jax.model.architecture import Architecture
-from sftrec_jax.model.lora import AdapterSpec
 from sftrec_jax.train.batches import Counts
 from sftrec_jax.train.flops import peak_flops, step_flops
 

@@ -54,13 +54,18 @@ def _labels(trained: dict[str, Any]) -> dict[str, str]:
     def label(name: str) -> str:
         if is_rows(name):
             return "rows"
-        return "norms" if name.endswith("norm/weight") else "matrices"
+        if name.endswith("/lora_magnitude"):
+            return "b_vectors"
+        if name.endswith("/lora_b"):
+            return "b"
+        return "vectors" if name.endswith(("norm/weight", "/bias")) else "matrices"
 
     return {name: label(name) for name in trained}
 
 
 def make_optimizer(config: TrainConfig, steps: int, rows_only: bool = False) -> optax.GradientTransformation:
-    """Clipping by global norm, then AdamW: one rate for token rows, one for the rest; rows and norms never decay.
+    """Clipping by global norm, then AdamW: one rate for token rows, one for the rest, of adapters' B (and DoRA's lengths)
+    `train.loraplus_lr_ratio` times that; rows, norms, biases and lengths never decay.
 
     With `train.rows_first` the rest has a warm-up and a cosine of its own over the steps that rows_only_steps leaves. Until
     then the optimizer with `rows_only` is used: its state has the same structure, but what belongs to the rest (moments and
@@ -72,13 +77,15 @@ def make_optimizer(config: TrainConfig, steps: int, rows_only: bool = False) -> 
     def adamw(peak: float, decay: float, steps: int) -> optax.GradientTransformation:
         return optax.adamw(schedule(peak, steps, config), config.beta1, config.beta2, weight_decay=decay)
 
-    def rest(decay: float) -> optax.GradientTransformation:
-        moving = adamw(config.learning_rate, decay, late)
+    def rest(decay: float, ratio: float | None = None) -> optax.GradientTransformation:
+        moving = adamw(config.learning_rate * (ratio or 1.0), decay, late)
         return optax.GradientTransformation(moving.init, _nothing) if rows_only else moving
 
     rates: dict[Hashable, optax.GradientTransformation] = {
         "matrices": rest(config.weight_decay),
-        "norms": rest(0.0),
+        "vectors": rest(0.0),
+        "b": rest(config.weight_decay, config.loraplus_lr_ratio),
+        "b_vectors": rest(0.0, config.loraplus_lr_ratio),
         "rows": adamw(rows_peak, 0.0, steps),
     }
     clip = optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity()
