@@ -19,7 +19,7 @@ from sftrec_jax.items.codes import ItemCodes
 from sftrec_jax.model.hub import BaseSource, resolve_base
 from sftrec_jax.model.load import Build, load_decoder, source_architecture
 from sftrec_jax.model.sharding import make_mesh
-from sftrec_jax.model.weights import open_tensors
+from sftrec_jax.model.tensor_files import open_tensors
 
 FIXTURE = Path(__file__).parent / "fixtures" / "stories260k"
 
@@ -130,7 +130,7 @@ def compare_smollm2() -> None:
     arch = source_architecture(source)
     tensors = open_tensors(source.gguf or source.folder)
     reference = LlamaForCausalLM(LlamaConfig(**arch.raw_config)).eval()
-    weights = {name: torch.from_numpy(np.array(tensors.read(name))) for name in tensors.where}
+    weights = {name: torch.from_numpy(np.array(tensors.read(name, (slice(None),)))) for name in tensors.where}
     missing = reference.load_state_dict(weights, strict=False)
     assert set(missing.missing_keys) <= {"lm_head.weight"} and not missing.unexpected_keys
     reference.tie_weights()

@@ -24,9 +24,12 @@ from sftrec_jax.model.lora import AdapterConstant, LoRAParam
 from sftrec_jax.model.peft_read import configured_spec, read_adapter
 from sftrec_jax.model.remat import choose_remat
 from sftrec_jax.model.sharding import named_arrays, path_name, sharding_for, with_arrays
+from sftrec_jax.model.tensor_files import open_tensors
 from sftrec_jax.model.token_table import TokenRows
-from sftrec_jax.model.weights import decoder_arrays, open_tensors
+from sftrec_jax.model.weights import base_arrays
 
+ROWS_AT_ONCE = 4096
+"""New rows whose beginnings are gathered from the token table together."""
 TRAINABLE = nnx.Any(LoRAParam, TokenRows)
 """What `train.method: lora` trains."""
 
@@ -79,16 +82,22 @@ def make_build(
     return Build(arch, adapters, tuple(int(i) for i in codes.new_token_ids), dtype, frozen, remat)
 
 
-def initial_rows(table: np.ndarray, codes: ItemCodes, vectors: np.ndarray | None) -> np.ndarray:
+def initial_rows(table: jax.Array, codes: ItemCodes, vectors: np.ndarray | None) -> np.ndarray:
     """First values of the new token rows [n_new, D]: the mean of each token's `init_tokens`, else of the table.
 
     Means are scaled to the table's median row norm: an average of several rows is shorter than a row, and a short
     row would start with a logit that no training example justifies. `vectors` [n_new, E] (mean squared length 1 times
     the wanted scale) are added through a fixed random rotation into the D dimensions, in units of that norm.
     """
-    norm = float(np.median(np.linalg.norm(table, axis=1)))
-    fallback = table.mean(0)
-    rows = np.stack([table[list(ids)].mean(0) if ids else fallback for ids in codes.init_tokens])
+    norms, mean = _row_norms(table)
+    norm, fallback = float(np.median(norms)), np.asarray(mean)
+    rows = np.empty((len(codes.init_tokens), table.shape[1]), np.float32)
+    for begin in range(0, len(rows), ROWS_AT_ONCE):
+        some = codes.init_tokens[begin : begin + ROWS_AT_ONCE]
+        used = np.unique(np.concatenate([np.zeros(0, np.int64), *(np.asarray(ids, np.int64) for ids in some)])).astype(np.int64)
+        held = np.asarray(table[used].astype(jnp.float32))
+        for at, ids in enumerate(some):
+            rows[begin + at] = held[np.searchsorted(used, ids)].mean(0) if ids else fallback
     rows = rows * (norm / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12))
     if vectors is not None:
         gauss = np.random.default_rng(0).standard_normal((table.shape[1], vectors.shape[1]))
@@ -98,6 +107,12 @@ def initial_rows(table: np.ndarray, codes: ItemCodes, vectors: np.ndarray | None
             gauss /= np.sqrt(table.shape[1])  # keeps them on average
         rows = rows + norm * vectors @ gauss.T
     return rows.astype(np.float32)
+
+
+@jax.jit
+def _row_norms(table: jax.Array) -> tuple[jax.Array, jax.Array]:
+    wide = table.astype(jnp.float32)
+    return jnp.linalg.norm(wide, axis=1), wide.mean(0)
 
 
 def load_decoder(
@@ -127,18 +142,13 @@ def load_decoder(
     wanted = list(names) if from_scratch else [n for n in names if n not in base_names]
     pick = jax.jit(lambda key: {n: initialise(key)[n] for n in wanted}, out_shardings={n: shardings[n] for n in wanted})
     arrays: dict[str, jax.Array] = pick(jax.random.key(seed)) if wanted else {}
-    tables: dict[str, np.ndarray] = {}
     if not from_scratch:
-        for name, value in decoder_arrays(open_tensors(source.gguf or source.folder), build.arch, source.label):
-            arrays[name] = jax.device_put(value.astype(build.param_dtype), shardings[name])
-            if name in ("embed_tokens/weight", "lm_head/weight"):
-                tables[name] = value
-    else:
-        tables = {n: np.asarray(arrays[n]) for n in ("embed_tokens/weight", "lm_head/weight") if n in arrays}
-    for name, table in tables.items():
-        rows = name.replace("weight", "rows")
-        if rows in names:
-            arrays[rows] = jax.device_put(initial_rows(table, codes, vectors), shardings[rows])
+        tensors = open_tensors(source.gguf or source.folder)
+        arrays |= dict(base_arrays(tensors, build.arch, source.label, shardings, build.param_dtype))
+    for table in ("embed_tokens", "lm_head"):
+        if (rows := f"{table}/rows") in names:
+            value = initial_rows(arrays[f"{table}/weight"], codes, vectors)
+            arrays[rows] = jax.device_put(value, shardings[rows])
     if build.adapters is not None:
         given = read_adapter(start, build.adapters, build.arch, codes) if start else {}
         begun = begin_adapters(build.adapters, arrays, given)

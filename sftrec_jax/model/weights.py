@@ -1,72 +1,26 @@
-"""Tensors of a checkpoint as parameters of the decoder.
+"""Tensors of a checkpoint as parameters of the decoder, each device's part straight into its place.
 
-Missing, unexpected, duplicate and mis-shaped tensors are four distinct errors. Files are safetensors only.
+Missing, unexpected, duplicate and mis-shaped tensors are four distinct errors, found before anything is read.
 """
 
-import json
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Iterator, Mapping
+from functools import partial
+from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
-from safetensors import safe_open
+from jax.sharding import NamedSharding, PartitionSpec
+from jaxtyping import Array
 
 from sftrec_jax.errors import UserError
 from sftrec_jax.model.architecture import Architecture
-from sftrec_jax.model.families import HEAD, tensor_names, weight_map
-from sftrec_jax.model.gguf_file import read_gguf
-
-
-@dataclass(frozen=True)
-class TensorSource:
-    """Named tensors, each read when asked for. `where` maps a name to the file it is in."""
-
-    where: dict[str, str]
-    read: Callable[[str], np.ndarray]
-
-
-def _safetensors_source(folder: Path) -> TensorSource:
-    index = folder / "model.safetensors.index.json"
-    if index.exists():
-        try:
-            files = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError, TypeError):
-            raise UserError(f"{index}: not a safetensors index (no weight_map); copy the model folder again") from None
-    else:
-        files = sorted(p.name for p in folder.glob("*.safetensors"))
-    if not files:
-        raise UserError(f"{folder}: no .safetensors file; save the model with save_pretrained(safe_serialization=True)")
-    where: dict[str, str] = {}
-    for name in files:
-        try:
-            with safe_open(folder / name, framework="numpy") as handle:
-                keys = list(handle.keys())
-        except OSError as error:
-            raise UserError(f"{folder / name}: cannot be read ({error}); copy the model folder again") from None
-        except Exception as error:  # safetensors raises its own SafetensorError, a plain Exception
-            raise UserError(f"{folder / name}: damaged safetensors file ({error}); copy the model folder again") from None
-        for key in keys:
-            if key in where:
-                raise UserError(f"{folder}: duplicate tensor {key} in {where[key]} and {name}; remove one of the files")
-            where[key] = name
-
-    def read(name: str) -> np.ndarray:
-        with safe_open(folder / where[name], framework="numpy") as handle:
-            return handle.get_tensor(name)
-
-    return TensorSource(where, read)
-
-
-def open_tensors(path: Path) -> TensorSource:
-    """Tensors of a Hugging Face folder or of a `.gguf` file, under Hugging Face names."""
-    if path.suffix == ".gguf":
-        model = read_gguf(path)
-        return TensorSource(dict.fromkeys(model.tensor_names(), path.name), model.tensor)
-    return _safetensors_source(path)
+from sftrec_jax.model.families import HEAD, Tensor, tensor_names, weight_map
+from sftrec_jax.model.tensor_files import TensorSource
 
 
 def check_tensors(source: TensorSource, arch: Architecture, label: str) -> None:
-    """Raises UserError for a tensor that is missing or unexpected."""
+    """Raises UserError for a tensor that is missing, unexpected or of another shape than config.json implies."""
     expected = set(tensor_names(arch))
     missing = [name for name in tensor_names(arch) if name not in source.where]
     if missing:
@@ -76,23 +30,60 @@ def check_tensors(source: TensorSource, arch: Architecture, label: str) -> None:
     extra = [name for name in source.where if name not in known and not name.endswith("rotary_emb.inv_freq")]
     if extra:
         raise UserError(f"{label}: {len(extra)} unexpected tensors, first {extra[0]}; the files and config.json differ")
+    for tensor in weight_map(arch).values():
+        for name in tensor.names(arch.layers):
+            if source.shapes[name] != tensor.shape:
+                raise UserError(
+                    f"{label}: tensor {name} has shape {source.shapes[name]}, config.json implies {tensor.shape}; "
+                    "the files differ"
+                )
 
 
-def read_checked(source: TensorSource, name: str, shape: tuple[int, ...], label: str) -> np.ndarray:
-    """One tensor; raises UserError when its shape is not the one that config.json implies, or it is not finite."""
-    value = source.read(name)
-    if value.shape != shape:
-        raise UserError(f"{label}: tensor {name} has shape {value.shape}, config.json implies {shape}; the files differ")
-    value = value.astype(np.float32)
-    if not np.isfinite(value).all():
-        raise UserError(f"{label}: tensor {name} holds NaN or infinite values; copy or convert the model again")
-    return value
+def base_arrays(
+    source: TensorSource, arch: Architecture, label: str, shardings: Mapping[str, NamedSharding], dtype: Any
+) -> Iterator[tuple[str, Array]]:
+    """Yields (path, array in its sharding) for every base parameter, converted to `dtype`.
 
+    Of a parameter that is stacked over layers one layer's part is on the host at a time, of others a device's part: beside the
+    arrays themselves no more than one tensor of the checkpoint. A part that several devices hold is read once.
 
-def decoder_arrays(source: TensorSource, arch: Architecture, label: str) -> Iterable[tuple[str, np.ndarray]]:
-    """Yields (decoder path, float32 array in decoder layout) for the whole model, layers stacked on axis 0."""
+    Raises: UserError for what `check_tensors` finds and for values that are not finite.
+    """
     check_tensors(source, arch, label)
     for path, tensor in weight_map(arch).items():
-        values = [read_checked(source, name, tensor.shape, label) for name in tensor.names(arch.layers)]
-        values = [value.T if tensor.transposed else value for value in values]
-        yield path, np.stack(values) if tensor.stacked else values[0]
+        shape = tensor.shape[::-1] if tensor.transposed else tensor.shape
+        sharding = shardings[path]
+        if not tensor.stacked:
+            yield path, _placed(source, tensor, tensor.name, shape, sharding, dtype, label)
+            continue
+        one = NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[1:]))
+        stack = jnp.zeros((arch.layers, *shape), dtype, device=sharding)
+        for layer, name in enumerate(tensor.names(arch.layers)):
+            stack = _put(stack, _placed(source, tensor, name, shape, one, dtype, label), layer)
+            stack.block_until_ready()  # else parts of later layers would wait on the host
+        assert stack.sharding.is_equivalent_to(sharding, stack.ndim)
+        yield path, stack
+
+
+@partial(jax.jit, donate_argnums=0)
+def _put(stack: Array, part: Array, layer: Any) -> Array:
+    return jax.lax.dynamic_update_index_in_dim(stack, part, layer, 0)
+
+
+def _placed(
+    source: TensorSource, tensor: Tensor, name: str, shape: tuple[int, ...], sharding: NamedSharding, dtype: Any, label: str
+) -> Array:
+    parts: dict[tuple[tuple[int, int], ...], np.ndarray] = {}
+
+    def part(index: tuple[slice, ...] | None) -> np.ndarray:
+        assert index is not None
+        bounds = tuple(s.indices(size)[:2] for s, size in zip(index, shape, strict=True))
+        if bounds not in parts:
+            parts.clear()  # devices with the same part come one after the other, or read it again
+            out = np.empty([end - begin for begin, end in bounds], dtype)
+            stored = tuple(slice(*b) for b in (bounds[::-1] if tensor.transposed else bounds))
+            source.fill(out, name, stored, tensor.transposed, label)
+            parts[bounds] = out
+        return parts[bounds]
+
+    return jax.make_array_from_callback(shape, sharding, part)
