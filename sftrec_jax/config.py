@@ -248,6 +248,8 @@ class ModelConfig:
     """Initialise the base at random from its config instead of reading weights."""
     compute_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Type of activations and of frozen weights; `auto`: bfloat16 on TPU and GPU, on CPU what measured faster."""
+    quantise: Literal["none", "int8", "int4", "nf4"] = "none"
+    """Hold the frozen kernels of the layers in 8 or 4 bits with a scale for every 64 inputs (QLoRA; extra `quant`)."""
     remat: Literal["auto", "none", "dots", "full"] = "auto"
     """What the backward pass computes again: nothing (`none`, most memory), all but products with weights (`dots`), or whole
     layers (`full`). `auto`: none where the activations of the layers take at most a quarter of a device's memory, else full."""

@@ -63,7 +63,9 @@ def save_llama(folder: Path, kv_heads: int, tied: bool, vocab: int, seed: int = 
     return folder
 
 
-def make_case(base: Path, lora: LoraConfig | None, atomic: bool = True, trained: bool = True, skip_ids: int = 0) -> Case:
+def make_case(
+    base: Path, lora: LoraConfig | None, atomic: bool = True, trained: bool = True, skip_ids: int = 0, quantise: str = "none"
+) -> Case:
     """Loads `base` with the tokenizer of stories260K (512 tokens) and item tokens; `lora` None: full fine-tuning.
 
     With `trained`, B, the token rows and (full) every other parameter are moved from where they start. `skip_ids`
@@ -77,7 +79,7 @@ def make_case(base: Path, lora: LoraConfig | None, atomic: bool = True, trained:
     source = source_of(base)
     train = TrainConfig(method="full" if lora is None else "lora")
     arch = source_architecture(source)
-    build = make_build(ModelConfig(compute_dtype="float32"), lora or LoraConfig(), train, arch, codes)
+    build = make_build(ModelConfig(compute_dtype="float32", quantise=quantise), lora or LoraConfig(), train, arch, codes)
     mesh, start = make_mesh(MeshConfig(), jax.devices()[:1]), None if lora is None else lora.start
     decoder = load_decoder(build, source, codes, mesh, 0, False, start=start)
     return Case(randomised(decoder, lora is None) if trained else decoder, build, codes, tokenizer, base)

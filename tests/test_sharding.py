@@ -141,4 +141,4 @@ def test_meshes_that_do_not_fit_the_devices(config: MeshConfig, text: str) -> No
 
 def test_an_unknown_parameter_has_no_silent_rule() -> None:
     with pytest.raises(KeyError, match="no sharding rule"):
-        spec_for("layers/q_proj/bias")
+        spec_for("layers/q_proj/other")

@@ -9,10 +9,11 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from sftrec_jax.model.adapters import AdapterSpec
+from sftrec_jax.model.quantised import Quantisation, as_qarray, dense
 
 
 def begin_adapters(
-    spec: AdapterSpec, arrays: Mapping[str, jax.Array], given: Mapping[str, np.ndarray]
+    spec: AdapterSpec, arrays: Mapping[str, jax.Array], given: Mapping[str, np.ndarray], quantise: Quantisation | None
 ) -> dict[str, jax.Array | np.ndarray]:
     """What takes the place of some of `arrays` (all parameters by path) before training.
 
@@ -29,9 +30,9 @@ def begin_adapters(
             a, b, rest = _principal(kernel, ranks, scales, spec.rank(target))
             begun |= {f"{at}/{name}_a": a for name in ("lora", "pissa")} | {f"{at}/{name}_b": b for name in ("lora", "pissa")}
             begun[f"{at}/kernel"] = rest
-        if spec.dora:
+        if spec.dora and f"{at}/lora_magnitude" not in given:
             # Of the kernel as it was: with PiSSA, A and B add up to it again.
-            begun[f"{at}/lora_magnitude"] = _lengths(kernel)
+            begun[f"{at}/lora_magnitude"] = _lengths(kernel, arrays.get(f"{at}/kernel_scale"), quantise)
     for name, value in given.items():
         if not name.endswith("/rows"):
             begun[name] = value
@@ -40,9 +41,13 @@ def begin_adapters(
     return begun
 
 
-@jax.jit
-def _lengths(kernel: Float[Array, "L I O"]) -> Float[Array, "L O"]:
-    return jnp.linalg.norm(kernel.astype(jnp.float32), axis=1)
+@partial(jax.jit, static_argnames="quantise")
+def _lengths(kernel: Array, scales: Array | None, quantise: Quantisation | None) -> Float[Array, "L O"]:
+    def one(kernel: Array, scales: Array | None) -> Array:
+        whole = kernel if scales is None or quantise is None else as_qarray(kernel, scales, quantise)
+        return jnp.linalg.norm(dense(whole, jnp.float32), axis=0)
+
+    return jax.lax.map(lambda layer: one(*layer), (kernel, scales))
 
 
 @partial(jax.jit, static_argnames="width")

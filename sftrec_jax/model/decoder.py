@@ -14,6 +14,7 @@ from sftrec_jax.model.adapters import AdapterSpec
 from sftrec_jax.model.architecture import Architecture
 from sftrec_jax.model.layers import Attend, Layers, RMSNorm
 from sftrec_jax.model.packed_attention import packed_attention
+from sftrec_jax.model.quantised import Quantisation
 from sftrec_jax.model.rope import all_tables
 from sftrec_jax.model.token_table import TokenTable
 
@@ -37,11 +38,12 @@ class Decoder(nnx.Module):
         remat: Remat,
         key: Array,
         mesh: Mesh | None = None,
+        quantise: Quantisation | None = None,
     ):
         table_key, layers_key, head_key = jax.random.split(key, 3)
         self.arch, self.dtype, self.remat, self.mesh = arch, jnp.dtype(dtype), remat, mesh
         self.embed_tokens = TokenTable(arch.vocab_size, arch.hidden_size, row_ids, table_key, arch.final_softcap)
-        self.layers = Layers(arch, adapters, layers_key)
+        self.layers = Layers(arch, adapters, layers_key, quantise)
         self.norm = RMSNorm((arch.hidden_size,), arch.rms_eps, arch.unit_norms)
         if not arch.tied:
             self.lm_head = TokenTable(arch.vocab_size, arch.hidden_size, row_ids, head_key, arch.final_softcap)

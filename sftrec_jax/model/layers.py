@@ -14,6 +14,7 @@ from jaxtyping import Array, Float, Int
 from sftrec_jax.model.adapters import PROJECTIONS, AdapterSpec
 from sftrec_jax.model.architecture import Architecture
 from sftrec_jax.model.lora import Linear
+from sftrec_jax.model.quantised import Quantisation
 from sftrec_jax.model.rope import apply_rope
 
 Attend = Callable[[Array, Array, Array, Any, Array | None], tuple[Array, Any]]
@@ -38,7 +39,7 @@ class RMSNorm(nnx.Module):
 class Layers(nnx.Module):
     """All decoder layers, their parameters stacked on a leading layer axis; `__call__` is one layer on a slice."""
 
-    def __init__(self, arch: Architecture, adapters: AdapterSpec | None, key: Array):
+    def __init__(self, arch: Architecture, adapters: AdapterSpec | None, key: Array, quantise: Quantisation | None = None):
         keys = iter(jax.random.split(key, len(PROJECTIONS)))
         n, d, f = arch.layers, arch.hidden_size, arch.ffw_size
         wide, narrow = arch.heads * arch.head_dim, arch.kv_heads * arch.head_dim
@@ -48,7 +49,7 @@ class Layers(nnx.Module):
             return RMSNorm((n, size), arch.rms_eps, arch.unit_norms)
 
         def linear(name: str, inputs: int, outputs: int) -> Linear:
-            return Linear(name, n, inputs, outputs, adapters, next(keys), name in arch.biases)
+            return Linear(name, n, inputs, outputs, adapters, next(keys), name in arch.biases, quantise)
 
         self.input_norm = norm(d)
         self.q_proj = linear("q_proj", d, wide)

@@ -22,6 +22,7 @@ from sftrec_jax.model.hf_config import parse_architecture, read_architecture
 from sftrec_jax.model.hub import BaseSource
 from sftrec_jax.model.lora import AdapterConstant, LoRAParam
 from sftrec_jax.model.peft_read import configured_spec, read_adapter
+from sftrec_jax.model.quantised import Quantisation
 from sftrec_jax.model.remat import choose_remat
 from sftrec_jax.model.sharding import named_arrays, path_name, sharding_for, with_arrays
 from sftrec_jax.model.tensor_files import open_tensors
@@ -56,10 +57,11 @@ class Build:
     dtype: Any
     param_dtype: Any
     remat: Remat
+    quantise: Quantisation | None = None
 
     def decoder(self, key: jax.Array, mesh: Mesh | None = None) -> Decoder:
         """A randomly initialised decoder for a mesh (trace it with `nnx.eval_shape` for shapes only)."""
-        return Decoder(self.arch, self.adapters, self.row_ids, self.dtype, self.remat, key, mesh)
+        return Decoder(self.arch, self.adapters, self.row_ids, self.dtype, self.remat, key, mesh, self.quantise)
 
 
 def make_build(
@@ -79,7 +81,20 @@ def make_build(
     adapters = configured_spec(lora, arch) if train.method == "lora" else None
     frozen = jnp.dtype(jnp.float32) if train.method == "full" else dtype
     remat, _ = choose_remat(model, train, arch, adapters, dtype, mesh)
-    return Build(arch, adapters, tuple(int(i) for i in codes.new_token_ids), dtype, frozen, remat)
+    quantise = None if model.quantise == "none" else model.quantise
+    if quantise and (wrong := _unfit_for_quantising(model, lora, train)):
+        raise UserError(f"model.quantise is {quantise}, but {wrong}")
+    return Build(arch, adapters, tuple(int(i) for i in codes.new_token_ids), dtype, frozen, remat, quantise)
+
+
+def _unfit_for_quantising(model: ModelConfig, lora: LoraConfig, train: TrainConfig) -> str | None:
+    if train.method == "full":
+        return "train.method: full trains the base; use lora, or model.quantise: none"
+    if model.from_scratch:
+        return "model.from_scratch leaves nothing to freeze; use model.quantise: none"
+    if train.method == "lora" and lora.init == "pissa":
+        return "lora.init: pissa changes the base; use lora.init: default"
+    return None
 
 
 def initial_rows(table: jax.Array, codes: ItemCodes, vectors: np.ndarray | None) -> np.ndarray:
@@ -144,13 +159,13 @@ def load_decoder(
     arrays: dict[str, jax.Array] = pick(jax.random.key(seed)) if wanted else {}
     if not from_scratch:
         tensors = open_tensors(source.gguf or source.folder)
-        arrays |= dict(base_arrays(tensors, build.arch, source.label, shardings, build.param_dtype))
+        arrays |= dict(base_arrays(tensors, build.arch, source.label, shardings, build.param_dtype, build.quantise))
     for table in ("embed_tokens", "lm_head"):
         if (rows := f"{table}/rows") in names:
             value = initial_rows(arrays[f"{table}/weight"], codes, vectors)
             arrays[rows] = jax.device_put(value, shardings[rows])
     if build.adapters is not None:
         given = read_adapter(start, build.adapters, build.arch, codes) if start else {}
-        begun = begin_adapters(build.adapters, arrays, given)
+        begun = begin_adapters(build.adapters, arrays, given, build.quantise)
         arrays |= {name: jax.device_put(value, shardings[name]) for name, value in begun.items()}
     return nnx.merge(graphdef, with_arrays(abstract_state, arrays))

@@ -4,13 +4,16 @@ Parameters carry a leading layer axis; `__call__` sees one layer's slice. Kernel
 [out, in]). Shapes: B batch, T tokens, I inputs, O outputs, R rank.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
 from sftrec_jax.model.adapters import AdapterSpec
-from sftrec_jax.model.kernel import lora_linear
+from sftrec_jax.model.kernel import frozen_linear, lora_linear
+from sftrec_jax.model.quantised import STORED, Quantisation, as_qarray, block_size, dense
 
 
 class LoRAParam(nnx.Variable):
@@ -33,9 +36,15 @@ class Linear(nnx.Module):
         adapters: AdapterSpec | None,
         key: Array,
         bias: bool = False,
+        quantise: Quantisation | None = None,
     ):
         kernel_key, a_key = jax.random.split(key)
-        self.kernel = nnx.Param(jax.random.normal(kernel_key, (layers, inputs, outputs), jnp.float32) * 0.02)
+        self.quantise: Quantisation | None = quantise
+        if quantise is None:
+            self.kernel = nnx.Param(jax.random.normal(kernel_key, (layers, inputs, outputs), jnp.float32) * 0.02)
+        else:
+            self.kernel = nnx.Param(jnp.zeros((layers, inputs, outputs), STORED[quantise]))
+            self.kernel_scale = nnx.Param(jnp.zeros((layers, inputs // block_size(inputs), outputs), jnp.float32))
         if bias:
             self.bias = nnx.Param(jnp.zeros((layers, outputs), jnp.float32))
         rank = adapters.rank(name) if adapters else 0
@@ -60,23 +69,29 @@ class Linear(nnx.Module):
         return y + self.bias[...].astype(x.dtype) if hasattr(self, "bias") else y
 
     def _product(self, x: Array, dropout_key: Array | None) -> Array:
-        kernel = self.kernel[...].astype(x.dtype)
+        kernel: Any
+        if self.quantise is None:
+            kernel = self.kernel[...].astype(x.dtype)
+        else:
+            kernel = as_qarray(self.kernel[...], self.kernel_scale[...], self.quantise)
         if not self.scale:
-            return x @ kernel
+            return x @ kernel if self.quantise is None else frozen_linear(x, kernel)
         z = x
         if dropout_key is not None and self.dropout:
             keep = jax.random.bernoulli(dropout_key, 1.0 - self.dropout, x.shape)
             z = jnp.where(keep, x / (1.0 - self.dropout), 0).astype(x.dtype)
         wide = self.lora_b[...] * (self.lora_scale[...][:, None] if hasattr(self, "lora_scale") else self.scale)
-        a, b, frozen = self.lora_a[...].astype(x.dtype), wide.astype(x.dtype), jax.lax.stop_gradient(kernel)
+        a, b = self.lora_a[...].astype(x.dtype), wide.astype(x.dtype)
+        frozen = jax.lax.stop_gradient(kernel) if self.quantise is None else kernel
         if not self.dora:
             return lora_linear(x, z, frozen, a, b)
-        lengths = column_lengths(*jax.lax.stop_gradient((self.kernel[...], self.lora_a[...], wide)))
+        whole = self.kernel[...] if self.quantise is None else dense(kernel, jnp.float32)
+        lengths = column_lengths(*jax.lax.stop_gradient((whole, self.lora_a[...], wide)))
         by = self.lora_magnitude[...] / lengths
         if hasattr(self, "lora_scale"):
             by = jnp.where(self.lora_scale[...].any(), by, 1.0)  # a layer without an adapter
         y = by.astype(x.dtype) * lora_linear(z, z, frozen, a, b)
-        return y if z is x else y + (x - z) @ frozen
+        return y if z is x else y + frozen_linear(x - z, frozen)
 
 
 def column_scales(adapters: AdapterSpec, name: str, layers: int) -> Float[Array, "layers R"]:

@@ -14,6 +14,7 @@ from sftrec_jax.items.codes import ItemCodes
 from sftrec_jax.model.attention import attend, first_seen, packed_mask
 from sftrec_jax.model.decoder import Decoder
 from sftrec_jax.model.load import Build
+from sftrec_jax.model.quantised import as_qarray, dense
 from sftrec_jax.model.sharding import path_name
 
 TABLES = ("embed_tokens/weight", "lm_head/weight")
@@ -62,8 +63,11 @@ def merged_decoder(decoder: Decoder, build: Build) -> Decoder:
     def merged(name: str) -> Array:
         if name in TABLES:
             return _grown_table(have[name], have.get(name.replace("weight", "rows")), build)
-        value = have[name].astype(jnp.float32)
         module, _, variable = name.rpartition("/")
+        if (kind := build.quantise) and f"{name}_scale" in have:
+            value = jax.vmap(lambda v, s: dense(as_qarray(v, s, kind), jnp.float32))(have[name], have[f"{name}_scale"])
+        else:
+            value = have[name].astype(jnp.float32)
         if build.adapters is None or variable != "kernel" or f"{module}/lora_a" not in have:
             return value
         a, b = have[f"{module}/lora_a"], have[f"{module}/lora_b"]

@@ -16,8 +16,8 @@ AXES = ("data", "fsdp", "tensor")
 
 # Adapters are sharded like their base: A like the input axis, B like the output axis. Axis 0 of the stack is the layer.
 RULES: tuple[tuple[str, PartitionSpec], ...] = (
-    (r"layers/(q|k|v|gate|up)_proj/kernel", PartitionSpec(None, "fsdp", "tensor")),
-    (r"layers/(o|down)_proj/kernel", PartitionSpec(None, "tensor", "fsdp")),
+    (r"layers/(q|k|v|gate|up)_proj/kernel(_scale)?", PartitionSpec(None, "fsdp", "tensor")),
+    (r"layers/(o|down)_proj/kernel(_scale)?", PartitionSpec(None, "tensor", "fsdp")),
     (r"layers/(q|k|v|gate|up)_proj/(lora|pissa)_a", PartitionSpec(None, "fsdp", None)),
     (r"layers/(q|k|v|gate|up)_proj/(lora|pissa)_b", PartitionSpec(None, None, "tensor")),
     (r"layers/(o|down)_proj/(lora|pissa)_a", PartitionSpec(None, "tensor", None)),

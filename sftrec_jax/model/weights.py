@@ -16,6 +16,7 @@ from jaxtyping import Array
 from sftrec_jax.errors import UserError
 from sftrec_jax.model.architecture import Architecture
 from sftrec_jax.model.families import HEAD, Tensor, tensor_names, weight_map
+from sftrec_jax.model.quantised import STORED, Quantisation, block_size, quantised
 from sftrec_jax.model.tensor_files import TensorSource
 
 
@@ -40,12 +41,18 @@ def check_tensors(source: TensorSource, arch: Architecture, label: str) -> None:
 
 
 def base_arrays(
-    source: TensorSource, arch: Architecture, label: str, shardings: Mapping[str, NamedSharding], dtype: Any
+    source: TensorSource,
+    arch: Architecture,
+    label: str,
+    shardings: Mapping[str, NamedSharding],
+    dtype: Any,
+    quantise: Quantisation | None = None,
 ) -> Iterator[tuple[str, Array]]:
     """Yields (path, array in its sharding) for every base parameter, converted to `dtype`.
 
     Of a parameter that is stacked over layers one layer's part is on the host at a time, of others a device's part: beside the
-    arrays themselves no more than one tensor of the checkpoint. A part that several devices hold is read once.
+    arrays themselves no more than one tensor of the checkpoint. A part that several devices hold is read once. With `quantise`
+    kernels are quantised layer by layer from float32, their scales beside them (`kernel_scale`).
 
     Raises: UserError for what `check_tensors` finds and for values that are not finite.
     """
@@ -57,6 +64,19 @@ def base_arrays(
             yield path, _placed(source, tensor, tensor.name, shape, sharding, dtype, label)
             continue
         one = NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[1:]))
+        if quantise and path.endswith("/kernel"):
+            scales = shardings[f"{path}_scale"]
+            blocks = shape[0] // block_size(shape[0])
+            stack = jnp.zeros((arch.layers, *shape), STORED[quantise], device=sharding)
+            beside = jnp.zeros((arch.layers, blocks, shape[1]), jnp.float32, device=scales)
+            for layer, name in enumerate(tensor.names(arch.layers)):
+                whole = _placed(source, tensor, name, shape, one, jnp.dtype(jnp.float32), label)
+                values, by = quantised(whole, quantise)
+                stack, beside = _put(stack, values, layer), _put(beside, by, layer)
+                stack.block_until_ready()
+            yield path, jax.device_put(stack, sharding)
+            yield f"{path}_scale", jax.device_put(beside, scales)
+            continue
         stack = jnp.zeros((arch.layers, *shape), dtype, device=sharding)
         for layer, name in enumerate(tensor.names(arch.layers)):
             stack = _put(stack, _placed(source, tensor, name, shape, one, dtype, label), layer)
