@@ -7,7 +7,7 @@ from random_trees import by_mask, errors, long_axes, random_arrays, random_rows,
 
 from sftrec_jax.config import MeshConfig
 from sftrec_jax.model import packed_attention as module
-from sftrec_jax.model.packed_attention import LONGEST_KERNEL, packed_attention
+from sftrec_jax.model.packed_attention import attention_path, packed_attention
 from sftrec_jax.model.sharding import make_mesh
 
 
@@ -38,8 +38,12 @@ def test_accelerators_take_the_kernels(backend: str, monkeypatch: pytest.MonkeyP
 
     for name in ("attend", "tree_attention", "block_attention"):
         record(name)
-    for t in (100, 128, LONGEST_KERNEL, LONGEST_KERNEL + 1):
+    # Keys and values of a row in float32 fill 14 MiB twice with 6,528 tokens of head-dim 128 or less, with 3,328 of 256.
+    for t, head_dim in ((100, 2), (128, 2), (6528, 128), (6529, 128), (3328, 256), (3329, 256), (128, 257)):
         marks = tuple(np.zeros((1, t), np.int32) for _ in range(4))
-        query = np.zeros((1, t, 1, 2), np.float32)
+        query = np.zeros((1, t, 1, head_dim), np.float32)
         packed_attention(tuple(map(jax.numpy.asarray, marks)), None, 1)(*(jax.numpy.asarray(query),) * 3)  # type: ignore[arg-type]
-    assert asked == ["attend", "tree_attention", "tree_attention", "block_attention"]
+    kernels, blocks = "tree_attention", "block_attention"
+    assert asked == ["attend", kernels, kernels, blocks, kernels, blocks, blocks]
+    path, why = attention_path(6529, 128, jax.numpy.float32)
+    assert path == "blocks" and "rows of 6528 tokens" in why

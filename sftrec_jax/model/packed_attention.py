@@ -1,23 +1,41 @@
 """Attention in packed rows by whatever the device does best: the whole mask, blocks in plain XLA, or kernels."""
 
 from collections.abc import Callable
+from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Int
 
 from sftrec_jax.model.attention import attend, first_seen, packed_mask
 from sftrec_jax.model.blockwise import Marks, block_attention
 from sftrec_jax.model.sharding import BATCH
-from sftrec_jax.model.tree_attention import tree_attention
+from sftrec_jax.model.tree_attention import longest_row, tree_attention
 
 WHOLE = 64
 """Rows of up to so many tokens have one block anyway; their mask is applied whole. Longer ones cost less in blocks: on two CPU
 cores a layer took 16 ms, forward and backward, for 1,024 tokens in segments of 128 against 490 (docs/log.md)."""
 KERNELS = 128
 """Rows from so many tokens on run in kernels on TPU and GPU, whose blocks have 128 tokens."""
-LONGEST_KERNEL = 6_144
-"""Tokens of a row that the kernels take for any head-dim up to 128 and type; longer ones run in blocks."""
+Path = Literal["whole", "kernels", "blocks"]
+
+
+def attention_path(length: int, head_dim: int, dtype: Any) -> tuple[Path, str]:
+    """How rows of so many tokens are attended to on the default backend, and why.
+
+    Neither JAX's splash attention nor cuDNN's takes the mask of branches but as a T x T array, the square of the row.
+    """
+    backend = jax.default_backend()
+    least = WHOLE if backend == "cpu" else KERNELS - 1
+    if length <= least:
+        return "whole", f"the mask whole: rows of up to {least} tokens are a block or less"
+    if backend == "cpu":
+        return "blocks", "in blocks in plain XLA, the fastest on a CPU"
+    longest = longest_row(head_dim, dtype)
+    if length <= longest:
+        return "kernels", f"in Pallas kernels for the mask of branches, on {backend}"
+    return "blocks", f"in blocks in plain XLA: kernels have room for rows of {longest} tokens of head-dim {head_dim}"
 
 
 def packed_attention(
@@ -33,8 +51,7 @@ def packed_attention(
         softcap: see `soft_capped`.
     """
     length = marks[0].shape[1]
-    backend = jax.default_backend()
-    if length <= WHOLE or (backend != "cpu" and length < KERNELS):
+    if attention_path(length, 1, jnp.float32)[0] == "whole":
         mask = packed_mask(*marks)
 
         def whole(query: Array, key: Array, value: Array, window: Array | None = None) -> Array:
@@ -44,7 +61,7 @@ def packed_attention(
         return whole
 
     def local(query: Array, key: Array, value: Array, *marks: Int[Array, "B T"]) -> Array:
-        if backend != "cpu" and length <= LONGEST_KERNEL:
+        if attention_path(length, query.shape[-1], query.dtype)[0] == "kernels":
             return tree_attention(query, key, value, *marks, softcap=softcap)
         return block_attention(query, key, value, marks, softcap=softcap)
 

@@ -116,15 +116,20 @@ def _check(query: Array, key: Array, value: Array, marks: tuple[Array, ...], blo
         raise ValueError(f"block is {block}; use a power of two from {least} on")
     if h > 256:
         raise ValueError(f"head-dim is {h}; the kernels take 256 or less")
-    # A row's keys and values lie in fast memory twice, one copy being fetched while the other is used, marks and sums too; what
-    # is spilled of a block's scores and weights came to 16 bytes an entry with blocks of 512.
-    token = 4 * max(_width(h), LANES) * query.dtype.itemsize + 128
-    longest = (FAST_BYTES - 20 * block**2) // token // block * block
+    longest = longest_row(h, query.dtype, block)
     if t > longest:
-        room = f"with block {block} there is room for {max(longest, 0)}"
+        room = f"with block {block} there is room for {longest}"
         raise ValueError(
             f"{t} tokens of head-dim {h} exceed the fast memory of a TPU; {room}; use shorter rows or smaller blocks"
         )
+
+
+def longest_row(head_dim: int, dtype: Any, block: int = 128) -> int:
+    """Tokens of a row that the kernels have room for; 0 where they do not take the head-dim."""
+    # A row's keys and values lie in fast memory twice, one copy being fetched while the other is used, marks and sums too; what
+    # is spilled of a block's scores and weights came to 16 bytes an entry with blocks of 512.
+    token = 4 * max(_width(head_dim), LANES) * jnp.dtype(dtype).itemsize + 128
+    return max(0, (FAST_BYTES - 20 * block**2) // token // block * block) if head_dim <= 256 else 0
 
 
 def _width(h: int) -> int:

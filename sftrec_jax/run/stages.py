@@ -21,6 +21,7 @@ from sftrec_jax.model.cards import CardInfo
 from sftrec_jax.model.decoder import Decoder
 from sftrec_jax.model.dtype import compute_dtype
 from sftrec_jax.model.export import export_merged
+from sftrec_jax.model.packed_attention import attention_path
 from sftrec_jax.model.peft_read import trains_tokens
 from sftrec_jax.model.peft_write import export_adapter
 from sftrec_jax.model.remat import choose_remat
@@ -66,6 +67,7 @@ def train_stage(session: Session, resume: bool) -> TrainResult:
     build = session.build
     remat, reason = choose_remat(config.model, t, build.arch, build.adapters, dtype, session.mesh)
     console.print(f"compute: {dtype.name} ({why}); adapters and optimizer float32; remat {remat} ({reason})")
+    console.print(f"attention: {attention_path(t.row_length, build.arch.head_dim, dtype)[1]}")
     console.print(f"parameters: {_size(trained):,} trained of {_size(trained) + _size(frozen):,} ({t.method})")
     console.print(
         f"examples: {counts['examples']:,} with {int(plan.targets.sum()):,} target tokens in {int(plan.lengths.sum()):,} tokens; "
