@@ -280,6 +280,10 @@ class LoraConfig:
     """The same for alpha."""
     layers_to_transform: tuple[int, ...] | None = None
     """Layers, from 0, that get adapters; null: all."""
+    modules_to_save: tuple[str, ...] = ()
+    """Modules trained as a whole beside the adapters: `embed_tokens`, `lm_head`, norms such as `input_layernorm`."""
+    trainable_token_indices: tuple[int, ...] = ()
+    """Ids of tokens of the base whose rows are trained beside those of new tokens."""
     start: str | None = None
     """Folder of a PEFT adapter, or of an earlier run, to begin with; it says rank, alpha, targets and kind."""
 
@@ -296,8 +300,9 @@ class LoraConfig:
 class TrainConfig:
     """Optimisation."""
 
-    method: Literal["rows", "lora", "full"] = "lora"
-    """`rows`: new token rows only. `lora`: adapters and new token rows. `full`: every parameter."""
+    method: Literal["rows", "embeddings", "lora", "full"] = "lora"
+    """`rows`: new token rows only. `embeddings`: the token table, and the head where it is not tied. `lora`: adapters and new
+    token rows. `full`: every parameter."""
     rows_first: float = 0.0
     """Share of the steps, from the first, in which only new token rows are trained; then the rest joins in."""
     epochs: float = 1.0

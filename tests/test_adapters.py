@@ -1,5 +1,6 @@
 """Every kind of adapter against PEFT on torch, both ways: written here and read there, trained there and gone on with here."""
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -12,7 +13,7 @@ import pytest
 import torch
 from family_models import save_family
 from flax import nnx
-from helpers import by_token, largest_difference, make_case, packed, prompts, save_llama
+from helpers import Case, by_token, largest_difference, make_case, packed, prompts, save_llama, source_of
 from peft import LoraConfig as PeftConfig
 from peft import PeftModel, get_peft_model
 from peft.optimizers import create_loraplus_optimizer
@@ -20,15 +21,16 @@ from tiny_run import trained, write_inputs
 from transformers import AutoModelForCausalLM
 
 from sftrec_jax.cli import main
-from sftrec_jax.config import LoraConfig, TrainConfig
+from sftrec_jax.config import LoraConfig, MeshConfig, ModelConfig, TrainConfig
 from sftrec_jax.errors import UserError
 from sftrec_jax.model.adapters import PROJECTIONS, adapter_spec
 from sftrec_jax.model.cards import CardInfo
 from sftrec_jax.model.export import export_merged
-from sftrec_jax.model.load import TRAINABLE
+from sftrec_jax.model.hf_config import read_architecture
+from sftrec_jax.model.load import TRAINABLE, load_decoder, make_build, trainable_filter
 from sftrec_jax.model.merge import arrays_of
 from sftrec_jax.model.peft_write import export_adapter
-from sftrec_jax.model.sharding import named_arrays, with_arrays
+from sftrec_jax.model.sharding import make_mesh, named_arrays, with_arrays
 from sftrec_jax.train.optimizer import make_optimizer
 
 # peft 0.21 asks transformers 5.23 for a name that it renamed; this can go once peft asks for the new one.
@@ -266,3 +268,92 @@ def test_a_run_goes_on_from_an_earlier_one(tmp_path: Path) -> None:
     assert main(["evaluate", str(out)]) == 0
     before, after = (json.loads((run / "metrics.json").read_text())["model"] for run in (trained(), out))
     assert after["ndcg@10"] == pytest.approx(before["ndcg@10"], abs=1e-6) and after["mrr"] == pytest.approx(before["mrr"])
+
+
+# name -> options, PEFT's config, whether the base's head is tied
+WHOLE: dict[str, tuple[dict[str, Any], dict[str, Any], bool]] = {
+    "table, tied": (
+        {"modules_to_save": ("embed_tokens",)},
+        {"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True},
+        True,
+    ),
+    "table and head": ({"modules_to_save": ("embed_tokens", "lm_head")}, {"modules_to_save": ["embed_tokens", "lm_head"]}, False),
+    "head": ({"modules_to_save": ("lm_head",)}, {"modules_to_save": ["lm_head"]}, False),
+    "norms": (
+        {"modules_to_save": ("input_layernorm", "model.norm")},
+        {"modules_to_save": ["input_layernorm", "model.norm"]},
+        True,
+    ),
+    "tokens, tied": ({"trainable_token_indices": (7, 3, 300)}, {"trainable_token_indices": [3, 7, 300]}, True),
+    "tokens, untied": (
+        {"trainable_token_indices": (7, 300)},
+        {"trainable_token_indices": {"embed_tokens": [7, 300], "lm_head": [7, 300]}},
+        False,
+    ),
+}
+
+
+def moved(case: Case) -> Case:
+    """With every trained parameter moved."""
+    graphdef, trained, frozen = nnx.split(case.decoder, trainable_filter("lora", case.build.whole), ...)
+    rng = np.random.default_rng(5)
+    arrays = {name: value + rng.normal(0, 0.1, value.shape).astype(np.float32) for name, value in named_arrays(trained).items()}
+    return dataclasses.replace(case, decoder=nnx.merge(graphdef, with_arrays(trained, arrays), frozen))
+
+
+@pytest.mark.parametrize("atomic", [False, True], ids=["", "new tokens"])
+@pytest.mark.parametrize("name", WHOLE)
+def test_modules_and_tokens_of_the_base(name: str, atomic: bool, tmp_path: Path) -> None:
+    """Trained as a whole here, read by PEFT; and with PEFT's own, read here."""
+    ours, theirs, tied = WHOLE[name]
+    base = save_llama(tmp_path / "base", kv_heads=2, tied=tied, vocab=512)
+    case = moved(make_case(base, LoraConfig(r=2, targets=("q_proj",), **ours), atomic=atomic, trained=False))
+    folder = tmp_path / "adapter"
+    export_adapter(case.decoder, case.build, case.codes, case.tokenizer, str(base), folder, CARD)
+    model = torch_base(base)
+    if atomic:
+        model.resize_token_embeddings(519, mean_resizing=False)
+    assert largest_difference(case, PeftModel.from_pretrained(model, folder).eval()) < 1e-4
+    export_merged(case.decoder, case.build, case.codes, case.tokenizer, tmp_path / "merged", CARD)
+    assert largest_difference(case, torch_base(tmp_path / "merged").eval()) < 1e-4
+    if atomic:
+        return
+    options = {key: value for key, value in ours.items() if "token" in key}
+    again = make_case(base, LoraConfig(start=str(folder), **options), atomic=False, trained=False)
+    np.testing.assert_array_equal(*(by_token(c.decoder, packed(prompts(case), 32)) for c in (case, again)))
+
+    other = get_peft_model(torch_base(base), PeftConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM", **theirs))
+    with torch.no_grad():
+        for parameter in other.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn(parameter.shape) * 0.1)
+    other.save_pretrained(tmp_path / "theirs")
+    read = make_case(base, LoraConfig(start=str(tmp_path / "theirs"), **options), atomic=False, trained=False)
+    assert largest_difference(read, other.eval()) < 1e-4
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"modules_to_save": ("lm_head",)}, "lm_head.*token table; use embed_tokens"),
+        ({"modules_to_save": ("up_proj",)}, "up_proj.*none of embed_tokens, input_layernorm.*lora.targets"),
+        ({"trainable_token_indices": (512,)}, "512; the base has tokens 0 to 511"),
+    ],
+)
+def test_modules_that_cannot_be_saved_cost_one_line(options: dict[str, Any], expected: str, base: Path) -> None:
+    with pytest.raises(UserError, match=expected):
+        make_case(base, LoraConfig(**options), atomic=False)
+
+
+def test_embeddings_alone_are_trained(base: Path) -> None:
+    """The table moves, nothing else; where the head is not tied, it too."""
+    for tied in (True, False):
+        folder = save_llama(base.parent / f"tied-{tied}", 2, tied, 512)
+        codes, arch = make_case(folder, None, atomic=False, trained=False).codes, read_architecture(folder)
+        build = make_build(ModelConfig(compute_dtype="bfloat16"), LoraConfig(), TrainConfig(method="embeddings"), arch, codes)
+        decoder = load_decoder(build, source_of(folder), codes, make_mesh(MeshConfig(), jax.devices()[:1]), 0, False)
+        _, trained, _ = nnx.split(decoder, trainable_filter("embeddings", build.whole), ...)
+        names = named_arrays(trained)
+        assert set(names) == ({"embed_tokens/weight"} if tied else {"embed_tokens/weight", "lm_head/weight"})
+        assert all(value.dtype == jnp.float32 for value in names.values())
+        assert arrays_of(decoder)["layers/q_proj/kernel"].dtype == jnp.bfloat16

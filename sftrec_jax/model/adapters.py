@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from sftrec_jax.config import LoraConfig
 from sftrec_jax.errors import UserError
 from sftrec_jax.model.architecture import Architecture
-from sftrec_jax.model.families import module_of
+from sftrec_jax.model.families import module_of, weight_map
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -102,6 +102,31 @@ def with_sizes(
     if len(same[0]) == len(same[1]) == 1:
         return dataclasses.replace(spec, r=same[0].pop(), alpha=same[1].pop())
     return dataclasses.replace(spec, ranks=table, alphas=scales)
+
+
+TABLES = ("embed_tokens/weight", "lm_head/weight")
+
+
+def saved_paths(names: Sequence[str], arch: Architecture) -> tuple[str, ...]:
+    """Parameters of the modules in `lora.modules_to_save`, whose paths end so, as PEFT matches them."""
+    found: list[str] = []
+    for name in names:
+        if name.endswith("lm_head") and arch.tied:
+            raise UserError(f"lora.modules_to_save: {name!r}, but the head is the token table; use embed_tokens")
+        own = [
+            path
+            for path, tensor in weight_map(arch).items()
+            if tensor.name.removesuffix(".weight").endswith(name) and (path in TABLES or "norm" in path)
+        ]
+        if not own:
+            norms = sorted({t.name.removesuffix(".weight").split(".")[-1] for p, t in weight_map(arch).items() if "norm" in p})
+            known = ["embed_tokens", *([] if arch.tied else ["lm_head"]), *norms]
+            raise UserError(
+                f"lora.modules_to_save: {name!r} is none of {', '.join(known)}; for projections use lora.targets, for everything "
+                "train.method: full"
+            )
+        found += [path for path in own if path not in found]
+    return tuple(found)
 
 
 def _by_pattern(

@@ -13,7 +13,7 @@ from sftrec_jax.config import LoraConfig, ModelConfig, TrainConfig
 from sftrec_jax.errors import UserError
 from sftrec_jax.items.codes import ItemCodes
 from sftrec_jax.model.adapter_start import begin_adapters
-from sftrec_jax.model.adapters import AdapterSpec
+from sftrec_jax.model.adapters import TABLES, AdapterSpec, saved_paths
 from sftrec_jax.model.architecture import Architecture
 from sftrec_jax.model.decoder import Decoder, Remat
 from sftrec_jax.model.dtype import compute_dtype
@@ -21,7 +21,7 @@ from sftrec_jax.model.gguf_file import read_gguf
 from sftrec_jax.model.hf_config import parse_architecture, read_architecture
 from sftrec_jax.model.hub import BaseSource
 from sftrec_jax.model.lora import AdapterConstant, LoRAParam
-from sftrec_jax.model.peft_read import configured_spec, read_adapter
+from sftrec_jax.model.peft_read import configured_spec, modules_to_save, read_adapter
 from sftrec_jax.model.quantised import Quantisation
 from sftrec_jax.model.remat import choose_remat
 from sftrec_jax.model.sharding import named_arrays, path_name, sharding_for, with_arrays
@@ -35,9 +35,10 @@ TRAINABLE = nnx.Any(LoRAParam, TokenRows)
 """What `train.method: lora` trains."""
 
 
-def trainable_filter(method: str) -> Any:
-    """The nnx filter of trained variables: token rows, adapters and token rows, or everything."""
-    return {"rows": TokenRows, "lora": TRAINABLE, "full": nnx.Variable}[method]
+def trainable_filter(method: str, whole: tuple[str, ...] = ()) -> Any:
+    """The nnx filter of trained variables: token rows, adapters and token rows, or everything; and parameters by path."""
+    kinds = {"rows": TokenRows, "embeddings": TokenRows, "lora": TRAINABLE, "full": nnx.Variable}[method]
+    return nnx.Any(kinds, lambda path, _: path_name(path) in whole) if whole else kinds
 
 
 def source_architecture(source: BaseSource) -> Architecture:
@@ -58,6 +59,8 @@ class Build:
     param_dtype: Any
     remat: Remat
     quantise: Quantisation | None = None
+    whole: tuple[str, ...] = ()
+    """Paths of base parameters that are trained, beside what the method trains; kept in float32."""
 
     def decoder(self, key: jax.Array, mesh: Mesh | None = None) -> Decoder:
         """A randomly initialised decoder for a mesh (trace it with `nnx.eval_shape` for shapes only)."""
@@ -84,7 +87,22 @@ def make_build(
     quantise = None if model.quantise == "none" else model.quantise
     if quantise and (wrong := _unfit_for_quantising(model, lora, train)):
         raise UserError(f"model.quantise is {quantise}, but {wrong}")
-    return Build(arch, adapters, tuple(int(i) for i in codes.new_token_ids), dtype, frozen, remat, quantise)
+    whole: tuple[str, ...] = ()
+    if train.method == "embeddings":
+        whole = TABLES[:1] if arch.tied else TABLES
+    elif train.method == "lora":
+        whole = saved_paths(modules_to_save(lora), arch)
+    more = _more_rows(lora, arch, codes) if train.method == "lora" else ()
+    rows = (*(int(i) for i in codes.new_token_ids), *more)
+    return Build(arch, adapters, rows, dtype, frozen, remat, quantise, whole)
+
+
+def _more_rows(lora: LoraConfig, arch: Architecture, codes: ItemCodes) -> tuple[int, ...]:
+    wanted = sorted(set(lora.trainable_token_indices) - set(codes.new_token_ids.tolist()))
+    beyond = [i for i in wanted if not 0 <= i < arch.vocab_size]
+    if beyond:
+        raise UserError(f"lora.trainable_token_indices: {beyond[0]}; the base has tokens 0 to {arch.vocab_size - 1}")
+    return tuple(wanted)
 
 
 def _unfit_for_quantising(model: ModelConfig, lora: LoraConfig, train: TrainConfig) -> str | None:
@@ -159,13 +177,15 @@ def load_decoder(
     arrays: dict[str, jax.Array] = pick(jax.random.key(seed)) if wanted else {}
     if not from_scratch:
         tensors = open_tensors(source.gguf or source.folder)
-        arrays |= dict(base_arrays(tensors, build.arch, source.label, shardings, build.param_dtype, build.quantise))
+        arrays |= dict(base_arrays(tensors, build.arch, source.label, shardings, build.param_dtype, build.quantise, build.whole))
     for table in ("embed_tokens", "lm_head"):
         if (rows := f"{table}/rows") in names:
-            value = initial_rows(arrays[f"{table}/weight"], codes, vectors)
+            weight = arrays[f"{table}/weight"]
+            own = np.asarray(weight[np.asarray(build.row_ids[len(codes.new_tokens) :], np.int32)].astype(jnp.float32))
+            value = np.concatenate([initial_rows(weight, codes, vectors), own]) if codes.new_tokens else own
             arrays[rows] = jax.device_put(value, shardings[rows])
     if build.adapters is not None:
-        given = read_adapter(start, build.adapters, build.arch, codes) if start else {}
+        given = read_adapter(start, build.adapters, build.arch, codes, build.row_ids, build.whole) if start else {}
         begun = begin_adapters(build.adapters, arrays, given, build.quantise)
         arrays |= {name: jax.device_put(value, shardings[name]) for name, value in begun.items()}
     return nnx.merge(graphdef, with_arrays(abstract_state, arrays))

@@ -11,13 +11,12 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from sftrec_jax.items.codes import ItemCodes
+from sftrec_jax.model.adapters import TABLES
 from sftrec_jax.model.attention import attend, first_seen, packed_mask
 from sftrec_jax.model.decoder import Decoder
 from sftrec_jax.model.load import Build
 from sftrec_jax.model.quantised import as_qarray, dense
 from sftrec_jax.model.sharding import path_name
-
-TABLES = ("embed_tokens/weight", "lm_head/weight")
 
 
 def exported_vocab_size(build: Build) -> int:
@@ -41,7 +40,8 @@ def arrays_of(decoder: Decoder) -> dict[str, Array]:
     return {path_name(path): leaf[...] for path, leaf in nnx.to_flat_state(nnx.split(decoder)[1])}
 
 
-def _grown_table(table: Float[Array, "V D"], rows: Float[Array, "R D"] | None, build: Build) -> Float[Array, "W D"]:
+def grown_table(table: Float[Array, "V D"], rows: Float[Array, "R D"] | None, build: Build) -> Float[Array, "W D"]:
+    """A table with the rows of its own in their places, in float32."""
     wide = table.astype(jnp.float32)
     if rows is None:
         return wide
@@ -62,7 +62,7 @@ def merged_decoder(decoder: Decoder, build: Build) -> Decoder:
 
     def merged(name: str) -> Array:
         if name in TABLES:
-            return _grown_table(have[name], have.get(name.replace("weight", "rows")), build)
+            return grown_table(have[name], have.get(name.replace("weight", "rows")), build)
         module, _, variable = name.rpartition("/")
         if (kind := build.quantise) and f"{name}_scale" in have:
             value = jax.vmap(lambda v, s: dense(as_qarray(v, s, kind), jnp.float32))(have[name], have[f"{name}_scale"])

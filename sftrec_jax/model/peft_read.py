@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +15,28 @@ from sftrec_jax.errors import UserError
 from sftrec_jax.items.codes import ItemCodes
 from sftrec_jax.model.adapters import AdapterSpec, adapter_spec, module_paths
 from sftrec_jax.model.architecture import Architecture
+from sftrec_jax.model.families import HEAD, weight_map
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
 DELTA = "token_adapter.trainable_tokens_delta"
 WITHOUT = {
-    "bias": "none", "modules_to_save": None, "exclude_modules": None, "target_parameters": None, "lora_bias": False,
+    "bias": "none", "exclude_modules": None, "target_parameters": None, "lora_bias": False,
     "layer_replication": None, "alora_invocation_tokens": None, "use_qalora": False, "megatron_config": None,
 }  # fmt: skip
 """What an adapter must not use, each with the only value that is taken."""
-TAKEN = ("r", "alpha", "targets", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "layers_to_transform", "init")
+TAKEN = (
+    "r",
+    "alpha",
+    "targets",
+    "use_rslora",
+    "use_dora",
+    "rank_pattern",
+    "alpha_pattern",
+    "layers_to_transform",
+    "init",
+    "modules_to_save",
+)
 """Fields of the config that an adapter to start from decides."""
 
 
@@ -40,6 +53,11 @@ def trains_tokens(path: str) -> bool:
     folder = adapter_folder(path)
     config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
     return bool(config.get("trainable_token_indices"))
+
+
+def modules_to_save(config: LoraConfig) -> tuple[str, ...]:
+    """Modules trained as a whole: as configured, or those of the adapter that the run starts from."""
+    return config.modules_to_save if config.start is None else _peft_config(adapter_folder(config.start)).modules_to_save
 
 
 def configured_spec(config: LoraConfig, arch: Architecture) -> AdapterSpec:
@@ -88,14 +106,17 @@ def _peft_config(folder: Path) -> LoraConfig:
             alpha_pattern={k: float(v) for k, v in (config.get("alpha_pattern") or {}).items()},
             layers_to_transform=None if layers is None else tuple([layers] if isinstance(layers, int) else layers),
             init="pissa" if init == "pissa" else "default",
+            modules_to_save=tuple(sorted(config.get("modules_to_save") or ())),
         )
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{file}: {error} is missing or wrong; copy the adapter again") from None
 
 
-def read_adapter(path: str, spec: AdapterSpec, arch: Architecture, codes: ItemCodes) -> dict[str, np.ndarray]:
+def read_adapter(
+    path: str, spec: AdapterSpec, arch: Architecture, codes: ItemCodes, row_ids: Sequence[int], whole: Sequence[str]
+) -> dict[str, np.ndarray]:
     """Weights by path of the decoder, float32: `lora_a` [L, in, R], `lora_b` [L, R, out], `lora_magnitude` [L, out], and `rows`
-    of new tokens [n_new, D], NaN for those that the adapter did not train under the same name.
+    of tokens [len(row_ids), D], NaN for those that the adapter did not train under the same name; and parameters in `whole`.
 
     Raises: UserError for missing, unexpected or mis-shaped tensors.
     """
@@ -137,7 +158,17 @@ def read_adapter(path: str, spec: AdapterSpec, arch: Architecture, codes: ItemCo
         arrays |= {f"layers/{target}/lora_a": np.stack(a), f"layers/{target}/lora_b": np.stack(b)}
         if spec.dora:
             arrays[f"layers/{target}/lora_magnitude"] = np.stack(lengths)
-    arrays |= _rows(folder, tensors, codes)
+    if arch.tied and "embed_tokens/weight" in whole:
+        twice = tensors.pop(f"{PREFIX}{HEAD}", None)
+        if twice is not None and not np.array_equal(twice, tensors.get(f"{PREFIX}model.embed_tokens.weight", twice)):
+            raise UserError(
+                f"{file}: token table and head differ, but the model's head is its table; use ensure_weight_tying in peft"
+            )
+    table = weight_map(arch)
+    for name in whole:
+        values = [take(tensor, table[name].shape) for tensor in table[name].names(arch.layers)]
+        arrays[name] = np.stack(values) if table[name].stacked else values[0]
+    arrays |= _rows(folder, tensors, codes, row_ids)
     if tensors:
         raise UserError(f"{file}: {len(tensors)} unexpected tensors, first {min(tensors)}; merge them into the base with peft")
     return arrays
@@ -150,25 +181,32 @@ def _sizes(arch: Architecture, target: str) -> tuple[int, int]:
     return inputs.get(target, arch.hidden_size), outputs.get(target, arch.hidden_size)
 
 
-def _rows(folder: Path, tensors: dict[str, np.ndarray], codes: ItemCodes) -> dict[str, np.ndarray]:
-    """Rows of this run's new tokens that the adapter trained under the same names; takes them out of `tensors`."""
+def _rows(folder: Path, tensors: dict[str, np.ndarray], codes: ItemCodes, row_ids: Sequence[int]) -> dict[str, np.ndarray]:
+    """Rows of this run's new tokens that the adapter trained under the same names, and of the base's by id; takes them out of
+    `tensors`.
+    """
     found = {name: tensors.pop(name) for name in list(tensors) if name.endswith(DELTA)}
     ids = json.loads((folder / CONFIG).read_text(encoding="utf-8")).get("trainable_token_indices") or {}
-    if not found or not codes.new_tokens:
+    if not found or not row_ids:
         return {}
-    from transformers import AutoTokenizer
-
-    try:
-        vocabulary = AutoTokenizer.from_pretrained(folder).get_vocab()
-    except (OSError, ValueError):
-        raise UserError(
-            f"{folder}: trained new tokens, but there is no tokenizer to tell their names; save it there (save_pretrained)"
-        ) from None
+    vocabulary = _vocabulary(folder) if codes.new_tokens else {}
+    theirs = [*(vocabulary.get(token, -1) for token in codes.new_tokens), *row_ids[len(codes.new_tokens) :]]
     rows = {}
     for name, values in found.items():
         table = "embed_tokens" if "embed_tokens" in name else "lm_head"
         listed = ids.get(table, ids) if isinstance(ids, dict) else ids
         place = {int(token): at for at, token in enumerate(sorted(listed))}
-        at = [place.get(vocabulary.get(token, -1), -1) for token in codes.new_tokens]
+        at = [place.get(token, -1) for token in theirs]
         rows[f"{table}/rows"] = np.where(np.asarray(at)[:, None] >= 0, values[at], np.nan).astype(np.float32)
     return rows
+
+
+def _vocabulary(folder: Path) -> dict[str, int]:
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(folder).get_vocab()
+    except (OSError, ValueError):
+        raise UserError(
+            f"{folder}: trained new tokens, but there is no tokenizer to tell their names; save it there (save_pretrained)"
+        ) from None

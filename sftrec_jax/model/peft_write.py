@@ -7,13 +7,14 @@ import numpy as np
 
 from sftrec_jax.errors import UserError
 from sftrec_jax.items.codes import ItemCodes
-from sftrec_jax.model.adapters import AdapterSpec, module_paths
+from sftrec_jax.model.adapters import TABLES, AdapterSpec, module_paths
 from sftrec_jax.model.cards import CardInfo, adapter_card, hub_name
 from sftrec_jax.model.decoder import Decoder
 from sftrec_jax.model.export import ExportReport, check_tokenizer, example_prompt
 from sftrec_jax.model.export_files import check_target, replacing, save_tensors, write_json, write_text
+from sftrec_jax.model.families import HEAD, weight_map
 from sftrec_jax.model.load import Build
-from sftrec_jax.model.merge import arrays_of, exported_vocab_size, gap_ids, gap_row
+from sftrec_jax.model.merge import arrays_of, exported_vocab_size, gap_ids, gap_row, grown_table
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -54,7 +55,9 @@ def export_adapter(
 
 
 def _tables(build: Build) -> tuple[str, ...]:
-    return ("embed_tokens",) if build.arch.tied else ("embed_tokens", "lm_head")
+    """Tables with rows of their own; one that is trained as a whole holds them."""
+    tables = ("embed_tokens",) if build.arch.tied else ("embed_tokens", "lm_head")
+    return tuple(table for table in tables if f"{table}/weight" not in build.whole)
 
 
 def _sizes(spec: AdapterSpec, build: Build) -> dict[str, tuple[int, float]]:
@@ -70,6 +73,22 @@ def _sizes(spec: AdapterSpec, build: Build) -> dict[str, tuple[int, float]]:
                 whole = by * rank
                 sizes[paths[layer, target]] = whole, scale * (whole**0.5 if spec.rslora else whole)
     return sizes
+
+
+def _saved(build: Build) -> dict[str, tuple[str, int | None]]:
+    """Tensor name of every module trained as a whole -> path here, and layer."""
+    table = weight_map(build.arch)
+    return {
+        name: (path, layer if table[path].stacked else None)
+        for path in build.whole
+        for layer, name in enumerate(table[path].names(build.arch.layers))
+    }
+
+
+def _saved_modules(build: Build) -> list[str]:
+    """Names that end the paths of these modules and of no others, as PEFT looks for them; of a norm, those of all layers."""
+    names = (weight_map(build.arch)[path].name.removesuffix(".weight") for path in build.whole)
+    return sorted(name.split("{i}.")[-1] for name in names)
 
 
 def _number(value: float) -> float | int:
@@ -100,7 +119,9 @@ def peft_config(build: Build, base_name: str) -> dict[str, Any]:
         "init_lora_weights": True,
         "use_rslora": spec.rslora,
         "use_dora": spec.dora,
-        "trainable_token_indices": {table: ids for table in _tables(build)} if ids else None,
+        "trainable_token_indices": {table: ids for table in _tables(build)} if ids and _tables(build) else None,
+        "modules_to_save": _saved_modules(build) or None,
+        "ensure_weight_tying": build.arch.tied and "embed_tokens/weight" in build.whole,
     }
 
 
@@ -128,6 +149,12 @@ def peft_tensors(decoder: Decoder, build: Build) -> dict[str, np.ndarray]:
             tensors[f"{key}.lora_B.weight"] = np.concatenate([p[1] for p in parts], axis=0).T
             if spec.dora:
                 tensors[f"{key}.lora_magnitude_vector"] = host(f"{target}/lora_magnitude")[layer]
+    for name, (path, layer) in _saved(build).items():
+        value = arrays[path] if layer is None else arrays[path][layer]
+        rows = arrays.get(path.replace("/weight", "/rows"))
+        tensors[f"base_model.model.{name}"] = np.asarray(grown_table(value, rows, build) if path in TABLES else value, np.float32)
+    if build.arch.tied and "embed_tokens/weight" in build.whole:
+        tensors[f"base_model.model.{HEAD}"] = tensors["base_model.model.model.embed_tokens.weight"]  # PEFT looks for both
     if build.row_ids:
         gaps = gap_ids(build)
         order = np.argsort(np.asarray((*build.row_ids, *gaps)), kind="stable")

@@ -3,7 +3,7 @@
 Missing, unexpected, duplicate and mis-shaped tensors are four distinct errors, found before anything is read.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -47,17 +47,20 @@ def base_arrays(
     shardings: Mapping[str, NamedSharding],
     dtype: Any,
     quantise: Quantisation | None = None,
+    wide: Collection[str] = (),
 ) -> Iterator[tuple[str, Array]]:
     """Yields (path, array in its sharding) for every base parameter, converted to `dtype`.
 
     Of a parameter that is stacked over layers one layer's part is on the host at a time, of others a device's part: beside the
     arrays themselves no more than one tensor of the checkpoint. A part that several devices hold is read once. With `quantise`
-    kernels are quantised layer by layer from float32, their scales beside them (`kernel_scale`).
+    kernels are quantised layer by layer from float32, their scales beside them (`kernel_scale`). Paths in `wide` stay float32.
 
     Raises: UserError for what `check_tensors` finds and for values that are not finite.
     """
     check_tensors(source, arch, label)
+    narrow = dtype
     for path, tensor in weight_map(arch).items():
+        dtype = jnp.dtype(jnp.float32) if path in wide else narrow
         shape = tensor.shape[::-1] if tensor.transposed else tensor.shape
         sharding = shardings[path]
         if not tensor.stacked:

@@ -58,7 +58,7 @@ class Session:
 
     def split(self, decoder: Decoder) -> tuple[nnx.GraphDef, nnx.State, nnx.State]:
         """(graphdef, trained variables, frozen variables)."""
-        graphdef, trained, frozen = nnx.split(decoder, trainable_filter(self.config.train.method), ...)
+        graphdef, trained, frozen = nnx.split(decoder, trainable_filter(self.config.train.method, self.build.whole), ...)
         return graphdef, trained, frozen
 
     def trained_decoder(self) -> tuple[Decoder, int]:

@@ -59,7 +59,7 @@ def train_stage(session: Session, resume: bool) -> TrainResult:
         console.print(f"adapters: begin with those of {start}")
     if session.codes.new_tokens and (start is None or not trains_tokens(start)):
         batch = jax.tree.map(lambda x: x[0], plan.batch(0))
-        share = calibrate(decoder, jax.device_put(batch, NamedSharding(session.mesh, BATCH)))
+        share = calibrate(decoder, jax.device_put(batch, NamedSharding(session.mesh, BATCH)), len(session.codes.new_tokens))
         console.print(f"new rows: {len(session.codes.new_tokens):,}, shifted by {share:.2f} of their length to match text")
     graphdef, trained, frozen = session.split(decoder)
     dtype, why = compute_dtype(config.model)
@@ -144,7 +144,12 @@ def _fit(segments: Segments, plan: BatchPlan) -> str:
 def _when(config: TrainConfig, steps: int) -> str:
     """What is trained in which steps."""
     until = rows_only_steps(config, steps)
-    rest = {"rows": "new token rows only", "lora": "adapters and new token rows", "full": "everything"}[config.method]
+    rest = {
+        "rows": "new token rows only",
+        "embeddings": "the token table",
+        "lora": "adapters and new token rows",
+        "full": "everything",
+    }[config.method]
     return (f"steps 1-{until} train new token rows only, " if until else "") + f"steps {until + 1}-{steps} train {rest}"
 
 

@@ -11,8 +11,8 @@ from sftrec_jax.data.segments import PackedBatch
 from sftrec_jax.model.decoder import Decoder
 
 
-@partial(jax.jit, static_argnames="graphdef")
-def row_shift(graphdef: nnx.GraphDef, state: nnx.State, batch: PackedBatch) -> Float[Array, "D"]:
+@partial(jax.jit, static_argnames=("graphdef", "new"))
+def row_shift(graphdef: nnx.GraphDef, state: nnx.State, batch: PackedBatch, new: int | None = None) -> Float[Array, "D"]:
     """A vector that, added to every new row of the head, raises item logits until items and text share the probability.
 
     A pretrained model expects text, so new tokens start some 20 to 50 nats behind, and dozens of steps would only move
@@ -25,16 +25,23 @@ def row_shift(graphdef: nnx.GraphDef, state: nnx.State, batch: PackedBatch) -> F
     hidden = hidden.reshape(-1, hidden.shape[-1])
     logits = decoder.logits(hidden)
     split = decoder.head.vocab_size
-    behind = jax.nn.logsumexp(logits[:, :split], -1) - jax.nn.logsumexp(logits[:, split:], -1)
+    end = logits.shape[-1] if new is None else split + new
+    text = jax.nn.logsumexp(logits[:, :split], -1)
+    if end < logits.shape[-1]:
+        text = jnp.logaddexp(text, jax.nn.logsumexp(logits[:, end:], -1))
+    behind = text - jax.nn.logsumexp(logits[:, split:end], -1)
     total = jnp.maximum(weight.sum(), 1.0)
     mean = (hidden.astype(jnp.float32) * weight).sum(0) / total
     return mean * ((behind[:, None] * weight).sum() / total / (mean @ mean))
 
 
-def calibrate(decoder: Decoder, batch: PackedBatch) -> float:
-    """Adds `row_shift` to the new rows of the head in place; returns its length relative to the mean row length."""
+def calibrate(decoder: Decoder, batch: PackedBatch, new: int | None = None) -> float:
+    """Adds `row_shift` to the rows of the head in place, or to the first `new` (those of items; then come tokens of the base);
+    returns its length relative to their mean length.
+    """
     rows = decoder.head.rows
-    shift = row_shift(*nnx.split(decoder), batch)
-    length = jnp.linalg.norm(rows[...], axis=1).mean()
-    rows.set_value(jax.device_put(rows[...] + shift, rows[...].sharding))
+    new = rows[...].shape[0] if new is None else new
+    shift = row_shift(*nnx.split(decoder), batch, new)
+    length = jnp.linalg.norm(rows[:new], axis=1).mean()
+    rows.set_value(jax.device_put(rows[...].at[:new].add(shift), rows[...].sharding))
     return float(jnp.linalg.norm(shift) / length)

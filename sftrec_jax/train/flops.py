@@ -53,7 +53,7 @@ class StepFlops:
 def step_flops(
     arch: Architecture,
     adapters: AdapterSpec | None,
-    method: Literal["rows", "lora", "full"],
+    method: Literal["rows", "embeddings", "lora", "full"],
     tokens: int | float,
     targets: int | float,
     pairs: int | float,
@@ -80,14 +80,14 @@ def step_flops(
         raise ValueError(f"method {method} with adapters {adapters}")
     if method == "rows" and not new_rows:
         raise ValueError("method rows trains new rows, and there are none")
-    flows = method == "full" or new_rows > 0
+    flows = method in ("embeddings", "full") or new_rows > 0
     layers, lora, attention = 0.0, 0.0, 0.0
     for _ in range(arch.layers):
         kernel, adapter, mixing, flows = _layer(arch, adapters, method, flows)
         layers += kernel * tokens
         lora += adapter * tokens
         attention += mixing * pairs
-    base = 3 if method == "full" else 2
+    base = 3 if method in ("embeddings", "full") else 2
     head = 2.0 * arch.hidden_size * targets * (base * arch.vocab_size + 3 * new_rows)
     return StepFlops(layers, lora, attention, head)
 

@@ -13,7 +13,7 @@ from sftrec_jax.model.architecture import Architecture
 from sftrec_jax.train.batches import Counts
 from sftrec_jax.train.flops import peak_flops, step_flops
 
-Method = Literal["rows", "lora", "full"]
+Method = Literal["rows", "embeddings", "lora", "full"]
 
 
 @dataclass
