@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import jax.numpy as jnp
 import numpy as np
 
 from sftrec_jax.data.dataset import Dataset
@@ -128,6 +129,7 @@ def test_rows_carry_the_inner_products_of_the_vectors() -> None:
     codes = ItemCodes(
         np.arange(50, 56, dtype=np.int32)[:, None], tuple("abcdef"), np.arange(50, 56, dtype=np.int32), ((1, 2),) * 6, titles
     )
-    difference = initial_rows(table, codes, vectors) - initial_rows(table, codes, None)
+    held = jnp.asarray(table)
+    difference = initial_rows(held, codes, vectors) - initial_rows(held, codes, None)
     norm = np.median(np.linalg.norm(table, axis=1))
     np.testing.assert_allclose(difference @ difference.T, norm**2 * vectors @ vectors.T, atol=1e-3)

@@ -15,7 +15,7 @@ TITLES = ["--items.tokenizer", "title", "--prompt.format", "instruct", "--train.
 FEW = ["--train.validate-users", "6", "--evaluate.users", "6", "--evaluate.unconstrained-users", "2"]
 
 
-@pytest.mark.parametrize("options", [None, TITLES], ids=["atomic stream", "titles, worded"])
+@pytest.mark.parametrize("options", [None, pytest.param(TITLES, marks=pytest.mark.slow)], ids=["atomic stream", "titles, worded"])
 def test_the_script_recommends_the_same(options: list[str] | None, tmp_path: Path) -> None:
     run = trained()
     if options is not None:

@@ -117,7 +117,9 @@ def test_causal_attention_after_shared_tokens(window: int, cap: float | None) ->
 
 
 @pytest.mark.parametrize("shared", [0, 9], ids=["alone", "shared tokens"])
-@pytest.mark.parametrize("name", ["mistral", "smollm3, sliding", "gemma2", "gemma3"])
+@pytest.mark.parametrize(
+    "name", ["gemma2", *(pytest.param(n, marks=pytest.mark.slow) for n in ("mistral", "smollm3, sliding", "gemma3"))]
+)
 def test_a_search_sees_what_training_sees(name: str, shared: int, tmp_path: Path) -> None:
     """Hidden states by prompt and then token by token, or a few at once, equal those of the whole sequence at once."""
     save_family(name, tmp_path, 512)
