@@ -2,17 +2,19 @@
 
 import functools
 from collections.abc import Callable
+from pathlib import Path
 from unittest.mock import patch
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from family_models import save_family
 from flax import nnx
-from helpers import TITLES
-from tiny_training import Parts, assert_close, loss_and_gradient, stories
+from helpers import TITLES, make_case
+from tiny_training import Parts, assert_close, loss_and_gradient, split, stories
 
-from sftrec_jax.config import PromptConfig
+from sftrec_jax.config import LoraConfig, PromptConfig
 from sftrec_jax.data.prompts import prompt_builder
 from sftrec_jax.data.segments import PackedBatch, Segments
 from sftrec_jax.data.windows import Windows
@@ -94,6 +96,20 @@ def test_loss_and_gradients_equal_examples_one_by_one(parts: Parts, coding: str,
     assert gradient.keys() == reference.keys()
     assert moved(reference).keys() >= {name for name in reference if "lora" in name}
     assert_close(moved(gradient), moved(reference), 1e-5)
+
+
+@pytest.mark.parametrize("name", ["gemma2", *(pytest.param(n, marks=pytest.mark.slow) for n in ("mistral", "smollm3", "gemma3"))])
+def test_windows_and_layers_without_rope_share_too(name: str, tmp_path: Path) -> None:
+    """Windows of five positions hide what stands before an example's own fifth last token, wherever that lies in the row."""
+    save_family(name, tmp_path, 512)
+    parts = split(make_case(tmp_path, LoraConfig(r=2)))
+    segments = shared(parts, "titles", "titles", "text after", "strided")
+    packed, each = in_rows(segments), alone(segments)
+    assert packed.branches.any()
+    loss, gradient = loss_and_gradient(parts, packed)
+    total, reference = loss_and_gradient(parts, each)
+    np.testing.assert_allclose(loss, total, rtol=1e-5)
+    assert_close(moved(gradient), moved(reference), 2e-5)
 
 
 def test_a_token_sees_as_many_as_alone(parts: Parts) -> None:

@@ -32,6 +32,8 @@ def by_kernels(arrays: list[jax.Array], marks: Marks, block: int, flavour: Flavo
         (75, 4, 2, 20, 16, "gpu"),
         (75, 4, 2, 20, 16, "tpu"),
         (130, 2, 2, 64, 64, "tpu"),
+        (64, 2, 1, 128, 16, "tpu"),
+        (64, 2, 1, 256, 16, "tpu"),
     ],
 )
 def test_values_and_gradients_are_those_of_the_whole_mask(t: int, n: int, k: int, h: int, block: int, flavour: Flavour) -> None:
