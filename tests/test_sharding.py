@@ -75,7 +75,9 @@ def test_shared_prompts_equal_one_device(results: Results, mesh: str) -> None:
 @pytest.mark.parametrize("mesh", MANY)
 def test_a_seed_gives_the_same_start_on_every_mesh(results: Results, mesh: str) -> None:
     for name, value in part(results["one"][0], "initial/").items():
-        np.testing.assert_array_equal(results[mesh][0][f"initial/{name}"], value)
+        # First values of rows are scaled by norms, sums that each mesh adds up in its own order.
+        tolerance = 1e-6 if name.endswith("/rows") else 0.0
+        np.testing.assert_allclose(results[mesh][0][f"initial/{name}"], value, rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.slow
