@@ -51,7 +51,7 @@ from sftrec_jax.items.codes import ItemCodes
 from sftrec_jax.model.decoder import Decoder
 from sftrec_jax.model.hub import BaseSource
 from sftrec_jax.model.load import Build, load_decoder, source_architecture
-from sftrec_jax.model.sharding import make_mesh
+from sftrec_jax.model.mesh import make_mesh
 
 USERS, ITEMS, LEVELS, CODES, VOCAB = 4, 12_000, 4, 256, 50_000
 FIRST_TOKEN = 1_000

@@ -70,7 +70,7 @@ def load(folder: Path, devices: int) -> None:
     from sftrec_jax.items.codes import ItemCodes
     from sftrec_jax.model.hub import BaseSource
     from sftrec_jax.model.load import Build, load_decoder, source_architecture
-    from sftrec_jax.model.sharding import make_mesh
+    from sftrec_jax.model.mesh import make_mesh
 
     codes = ItemCodes(np.array([[5], [6]], np.int32), (), np.zeros(0, np.int32), (), np.array(["a", "b"], object))
     source = BaseSource(folder=folder, gguf=None, tokenizer=folder, label=str(folder))

@@ -50,7 +50,8 @@ def step_point(axis: str, value: int) -> tuple[float, float]:
     from sftrec_jax.items.codes import ItemCodes
     from sftrec_jax.model.hub import BaseSource
     from sftrec_jax.model.load import load_decoder, make_build, source_architecture, trainable_filter
-    from sftrec_jax.model.sharding import make_mesh, named_arrays
+    from sftrec_jax.model.mesh import make_mesh
+    from sftrec_jax.model.sharding import named_arrays
     from sftrec_jax.train.meter import memory_peak
     from sftrec_jax.train.optimizer import make_optimizer
     from sftrec_jax.train.step import init_state, make_train_step, shard_batches

@@ -52,7 +52,8 @@ from sftrec_jax.items.titles import distinct_titles
 from sftrec_jax.model.dtype import compute_dtype
 from sftrec_jax.model.hub import load_tokenizer, resolve_base
 from sftrec_jax.model.load import load_decoder, make_build, source_architecture, trainable_filter
-from sftrec_jax.model.sharding import make_mesh, named_arrays
+from sftrec_jax.model.mesh import make_mesh
+from sftrec_jax.model.sharding import named_arrays
 from sftrec_jax.train.batches import BatchPlan
 from sftrec_jax.train.loss import target_loss
 from sftrec_jax.train.optimizer import make_optimizer

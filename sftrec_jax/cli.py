@@ -8,151 +8,14 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
-from sftrec_jax import __version__
+from sftrec_jax.cli_parser import EXAMPLES, make_parser
+from sftrec_jax.distributed import agree, join, on_main, process_count, wanted
 from sftrec_jax.errors import LeakError, UserError
 
 if TYPE_CHECKING:
     from sftrec_jax.run.session import Session
-
-OVERRIDES = "Any field of the config can be changed: --train.epochs 2 --items.tokenizer title (see --help-config)."
-DECODING = "Fields of decode and evaluate can be changed: --decode.beam 100 --decode.normaliser children (see run --help-config)."
-
-EXAMPLES = {
-    "run": "sftrec run configs/quick.yaml --out runs/quick",
-    "prepare": "sftrec prepare configs/quick.yaml --out runs/quick",
-    "train": "sftrec train runs/quick --resume",
-    "evaluate": "sftrec evaluate runs/quick; other lists: sftrec evaluate runs/quick --lists theirs.csv --to theirs.json",
-    "baselines": "sftrec baselines configs/movielens.yaml --tie-seeds 5",
-    "export": "sftrec export runs/quick --to exported --format merged",
-    "reproduce": "sftrec reproduce quick; to publish: sftrec reproduce quick --publish --seeds 0 1 2",
-    "verify-results": "sftrec verify-results docs/results/quick.json --readme README.md",
-    "add-items": "sftrec add-items runs/beauty --catalogue new.jsonl",
-    "recommend": 'sftrec recommend runs/quick --history "Toy Story (1995); Heat (1995)"',
-}
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; see {self.prog} --help")
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
-        prog="sftrec",
-        description="Supervised fine-tuning of a language model for recommendation, and ranking by real items only.",
-        epilog=f"Start with: {EXAMPLES['run']}",
-    )
-    parser.add_argument("--version", action="version", version=f"sftrec-jax {__version__}")
-    verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
-
-    def verb(name: str, text: str, config: bool = False, folder: bool = True) -> argparse.ArgumentParser:
-        more = OVERRIDES if config else DECODING if name in ("evaluate", "recommend") else ""
-        notes = f"Example: {EXAMPLES[name]}" + (f"\n{more}" if more else "")
-        sub = verbs.add_parser(
-            name,
-            help=text,
-            description=text,
-            epilog=notes,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-            allow_abbrev=False,
-        )
-        if config:
-            sub.add_argument(
-                "config", metavar="CONFIG", type=Path, nargs="?", help="YAML file; its relative paths are relative to it"
-            )
-            if folder:
-                sub.add_argument("--out", type=Path, metavar="DIR", help="folder of the run (default: runs/NAME_OF_CONFIG)")
-                sub.add_argument("--overwrite", action="store_true", help="remove an earlier run in DIR first")
-            sub.add_argument("--help-config", action="store_true", help="list every field of the config with its default")
-        elif folder:
-            sub.add_argument("run", metavar="RUN", type=Path, help="folder of a run")
-        return sub
-
-    run = verb("run", "Prepare, train, evaluate and export in one go.", config=True)
-    run.add_argument("--resume", action="store_true", help="go on with the run in DIR; CONFIG may be left out")
-    verb("prepare", "Read and split the data, name the items.", config=True)
-    train = verb("train", "Train a prepared run.")
-    train.add_argument("--resume", action="store_true", help="go on from the newest checkpoint")
-    evaluate = verb("evaluate", "Rank the full catalogue for every test user, beside the baselines.")
-    evaluate.add_argument(
-        "--exact", action="store_true", help="also find the exact top K of the whole catalogue, and count what the beam missed"
-    )
-    evaluate.add_argument(
-        "--lists",
-        type=Path,
-        metavar="FILE",
-        help="score these lists instead of the model's: .parquet, .jsonl or .csv with columns user, rank (from 1), item_id",
-    )
-    evaluate.add_argument("--to", type=Path, metavar="OUT", help="with --lists: write the metrics as .json, too")
-    evaluate.add_argument("--overwrite", action="store_true", help="with --lists: replace the OUT of --to")
-    recommend = verb("recommend", "Recommend items for users or histories.")
-    recommend.add_argument("--user", action="append", default=[], metavar="ID", help="a user of the run (may be repeated)")
-    recommend.add_argument(
-        "--history", action="append", default=[], metavar="ITEMS", help="titles or item ids, oldest first, with `;` between them"
-    )
-    recommend.add_argument(
-        "--file", type=Path, metavar="FILE", help=".jsonl or .parquet with a column `history`, or .txt with a line a user"
-    )
-    recommend.add_argument("--k", type=int, help="items a user (default 10); a narrower beam is widened to it")
-    recommend.add_argument("--only", type=Path, metavar="FILE", help="recommend only these items: a line each, id or title")
-    recommend.add_argument("--without", type=Path, metavar="FILE", help="never recommend these items: a line each, id or title")
-    recommend.add_argument("--keep-seen", action="store_true", help="items of the history may be recommended again")
-    recommend.add_argument("--to", type=Path, metavar="FILE", help="write .parquet or .jsonl instead of printing")
-    recommend.add_argument("--json", action="store_true", help="print JSON lines")
-    recommend.add_argument("--overwrite", action="store_true", help="replace the FILE of --to or --preferences")
-    pairs = recommend.add_argument_group(
-        "preference pairs", "The last training item of each user against items that the model names."
-    )
-    pairs.add_argument(
-        "--preferences", type=Path, metavar="FILE", help="write .jsonl for TRL's DPOTrainer, and recommend nothing"
-    )
-    pairs.add_argument("--users", type=int, metavar="N", help="users, drawn by --seed (default: all)")
-    pairs.add_argument("--negatives", type=int, metavar="M", help="rejected items a user (default 1)")
-    pairs.add_argument("--seed", type=int, metavar="S", help="draws users and rejected items (default 0)")
-    add = verb("add-items", "Name new items without training again: semantic ids, titles or keyphrases.")
-    add.add_argument(
-        "--catalogue",
-        type=Path,
-        metavar="FILE",
-        required=True,
-        help="items, with the columns of the run's catalogue; known ones are passed over",
-    )
-    add.add_argument(
-        "--vectors", type=Path, metavar="FILE", help=".npy with a row for each row of FILE, where the run has `embedding.file`"
-    )
-    counters = verb("baselines", "Score the baselines alone: what a model has to beat on this data.", config=True, folder=False)
-    counters.add_argument(
-        "--tie-seeds", type=int, default=1, metavar="N", help="orders of tied times to average over, from data.tie_seed up"
-    )
-    counters.add_argument("--to", type=Path, metavar="FILE", help="write the metrics as .json, too")
-    counters.add_argument("--overwrite", action="store_true", help="replace the FILE of --to")
-    export = verb("export", "Write the model or the item codes for other tools.")
-    export.add_argument(
-        "--to", type=Path, metavar="PATH", required=True, help="folder to write (a .json file with `--format index`)"
-    )
-    export.add_argument(
-        "--format",
-        choices=("merged", "adapter", "index"),
-        default="merged",
-        help="Hugging Face model, PEFT adapter, or item codes as index.json (LETTER, MiniOneRec)",
-    )
-    export.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="type of merged weights")
-    export.add_argument("--overwrite", action="store_true", help="replace an earlier export in PATH")
-    again = verb("reproduce", "Run a published result again, or publish one.", folder=False)
-    again.add_argument("name", metavar="NAME", help="of docs/results/NAME.json; with --publish of configs/NAME.yaml")
-    again.add_argument("--seeds", type=int, nargs="+", metavar="S", help="default: the published ones; with --publish 0")
-    again.add_argument("--out", type=Path, metavar="DIR", help="runs go to DIR/NAME/seed-S (default: runs/reproduce)")
-    again.add_argument("--publish", action="store_true", help="write docs/results/NAME.json and NAME.top10.parquet")
-    again.add_argument("--from-runs", type=Path, nargs="+", metavar="RUN", help="publish these finished runs, each one seed")
-    again.add_argument("--title", metavar="TEXT", help="with --publish: what the result is, for tables (default: as published)")
-    again.add_argument("--overwrite", action="store_true", help="with --publish: replace a result of that name")
-    check = verb("verify-results", "Compute published metrics again from the lists beside them.", folder=False)
-    check.add_argument("files", metavar="FILE", nargs="*", help="docs/results/NAME.json, or NAME")
-    check.add_argument("--readme", type=Path, metavar="FILE", help="compare the tables between <!-- results NAME --> marks, too")
-    check.add_argument("--write", action="store_true", help="with --readme: write the tables anew")
-    return parser
 
 
 def _default_out(config: Path) -> Path:
@@ -185,16 +48,39 @@ def _run(args: argparse.Namespace, extra: Sequence[str], argv: Sequence[str]) ->
     from sftrec_jax.run.evaluation import evaluate_stage
 
     begin = time.monotonic()
-    config, new_run = _new_run(args, extra)
-    with new_run as folder:
-        prepared = args.resume and (folder.prepared / "item_codes.json").exists()
-        session = sessions.open_session(folder.path) if prepared else sessions.prepare(folder, config)
+    if process_count() > 1:
+        session = _prepared_by_one(args, extra)
         stages.train_stage(session, args.resume)
+    else:
+        config, new_run = _new_run(args, extra)
+        with new_run as folder:
+            prepared = args.resume and (folder.prepared / "item_codes.json").exists()
+            session = sessions.open_session(folder.path) if prepared else sessions.prepare(folder, config)
+            stages.train_stage(session, args.resume)
     decoder, step = session.trained_decoder()
     evaluate_stage(session, decoder, step)
     stages.export_stage(session, decoder, _command(argv), args.resume or args.overwrite)
-    console.print(f"done in {(time.monotonic() - begin) / 60:.1f} min: {folder.path}")
-    console.print(f"next: sftrec recommend {folder.path} --user {session.dataset.user_ids[0]}")
+    path = session.folder.path
+    console.print(f"done in {(time.monotonic() - begin) / 60:.1f} min: {path}")
+    console.print(f"next: sftrec recommend {path} --user {session.dataset.user_ids[0]}")
+
+
+def _prepared_by_one(args: argparse.Namespace, extra: Sequence[str]) -> "Session":
+    """A run that the first process prepares and all open, in a folder that all see. The configs must be the same."""
+    from sftrec_jax.config_file import to_dict
+    from sftrec_jax.run import session as sessions
+
+    config, new_run = _new_run(args, extra)
+    out = args.out or _default_out(args.config)
+    agree("configuration", json.dumps({"out": str(out.absolute()), **to_dict(config)}))
+
+    def prepare() -> None:
+        with new_run as folder:
+            if not (args.resume and (folder.prepared / "item_codes.json").exists()):
+                sessions.prepare(folder, config)
+
+    on_main("prepare", prepare)
+    return sessions.open_session(out)
 
 
 def _prepare(args: argparse.Namespace, extra: Sequence[str], argv: Sequence[str]) -> None:
@@ -257,9 +143,35 @@ def _baselines(args: argparse.Namespace, extra: Sequence[str], argv: Sequence[st
     baselines_stage(config, args.tie_seeds, args.to, args.overwrite)
 
 
+def _compile(args: argparse.Namespace, extra: Sequence[str], argv: Sequence[str]) -> int:
+    from sftrec_jax.overrides import configure, show_config
+
+    if args.help_config:
+        show_config()
+    from sftrec_jax.compile.topology import pretend
+
+    pretend(args.topology)  # before jax is imported
+    config = configure(args.config, extra)
+    from sftrec_jax.compile.stage import compile_stage
+
+    fits = compile_stage(
+        config, args.config.parent, args.topology, args.items, args.targets_per_row, args.only, args.json, args.hlo
+    )
+    return 0 if fits else 1
+
+
+def _join(verb: str) -> None:
+    """Connects the processes of a run where there are several."""
+    if not wanted():
+        return
+    if verb not in ("run", "train", "evaluate", "export"):
+        raise UserError(f"sftrec {verb} runs in one process; unset SFTREC_DISTRIBUTED and SFTREC_COORDINATOR")
+    join()
+
+
 def _check_extra(verb: str, extra: Sequence[str]) -> None:
     """UserError for options that neither the verb nor the part of the config that it may change has."""
-    if verb in ("run", "prepare", "baselines"):
+    if verb in ("run", "prepare", "baselines", "compile"):
         return  # with the config, which knows all fields
     sections = ("--decode.", "--evaluate.") if verb in ("evaluate", "recommend") else ()
     for at, word in enumerate(extra):
@@ -405,6 +317,7 @@ VERBS = {
     "recommend": _recommend,
     "add-items": _add_items,
     "baselines": _baselines,
+    "compile": _compile,
     "export": _export,
     "reproduce": _reproduce,
     "verify-results": _verify_results,
@@ -414,7 +327,7 @@ VERBS = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point.
 
-    Exit codes: 0 done, 1 a result is not as published, 2 wrong input (one line on standard error), 3 leaks found,
+    Exit codes: 0 done, 1 not as published, or does not fit, 2 wrong input (one line on standard error), 3 leaks found,
     130 interrupted.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
@@ -422,8 +335,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
     try:
-        args, extra = _parser().parse_known_args(argv)
+        args, extra = make_parser().parse_known_args(argv)
         _check_extra(args.verb, extra)
+        _join(args.verb)
         return VERBS[args.verb](args, extra, argv) or 0
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

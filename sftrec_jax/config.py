@@ -377,15 +377,21 @@ class MeshConfig:
     """Rows of a batch are divided."""
     fsdp: int = 1
     """Rows of a batch and parameters are divided."""
+    context: int = 1
+    """Tokens of each row are divided, for rows longer than a device holds; in attention, heads are."""
     tensor: int = 1
     """Heads and hidden units are divided."""
+    auto: bool = False
+    """Choose the sizes by what the model needs and a device holds (`mesh: auto` in a file, `--mesh auto`)."""
 
     def __post_init__(self) -> None:
-        sizes = (self.data, self.fsdp, self.tensor)
+        sizes = (self.data, self.fsdp, self.context, self.tensor)
+        said = f"data {sizes[0]}, fsdp {sizes[1]}, context {sizes[2]}, tensor {sizes[3]}"
         _require(
             all(s == -1 or s >= 1 for s in sizes) and sizes.count(-1) <= 1,
-            f"mesh is data {sizes[0]}, fsdp {sizes[1]}, tensor {sizes[2]}; sizes are 1 or more, at most one is -1",
+            f"mesh is {said}; sizes are 1 or more, at most one is -1",
         )
+        _require(not self.auto or sizes == (-1, 1, 1, 1), f"mesh is auto and {said}; leave one of the two out")
 
 
 @dataclass(frozen=True)

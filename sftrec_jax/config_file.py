@@ -89,6 +89,8 @@ def parse_config(values: Any, where: str) -> RunConfig:
     for key in values:
         if key not in hints:
             raise UserError(f"{where}: unknown key {key}; the nearest known key is {_nearest(str(key), hints)}")
+    if values.get("mesh") == "auto":
+        values = {**values, "mesh": {"auto": True}}
     return RunConfig(**{k: _section(hints[k], v, k, where) for k, v in values.items()})
 
 

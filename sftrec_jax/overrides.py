@@ -31,6 +31,7 @@ def configure(path: Path | None, extra: Sequence[str]) -> RunConfig:
 
 def overridden(base: RunConfig, extra: Sequence[str]) -> RunConfig:
     """`base` with options such as `--decode.beam 100` over it. Raises UserError for an unknown option or a wrong value."""
+    extra = _plain_mesh(extra)
     _check_options(extra)
     said = io.StringIO()
     try:
@@ -39,6 +40,18 @@ def overridden(base: RunConfig, extra: Sequence[str]) -> RunConfig:
     except SystemExit:
         raise UserError(f"{_in_box(said.getvalue())}; --help-config lists every field") from None
     return _resolve_changed(base, config)
+
+
+def _plain_mesh(extra: Sequence[str]) -> list[str]:
+    """`--mesh auto` as the fields that it stands for; a size alone takes the place of `mesh: auto` in the file."""
+    plain = list(extra)
+    if any(word.startswith(("--mesh.data", "--mesh.fsdp", "--mesh.context", "--mesh.tensor")) for word in plain):
+        return plain if any("auto" in word for word in plain) else [*plain, "--mesh.no-auto"]
+    for at, word in enumerate(plain):
+        if word == "--mesh=auto" or plain[at : at + 2] == ["--mesh", "auto"]:
+            sizes = ["--mesh.data", "-1", "--mesh.fsdp", "1", "--mesh.context", "1", "--mesh.tensor", "1"]
+            return [*plain[:at], *sizes, "--mesh.auto", *plain[at + (1 if "=" in word else 2) :]]
+    return plain
 
 
 def _check_options(extra: Sequence[str]) -> None:

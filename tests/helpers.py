@@ -22,7 +22,8 @@ from sftrec_jax.items.naming import atomic_codes
 from sftrec_jax.model.decoder import Decoder
 from sftrec_jax.model.hub import BaseSource
 from sftrec_jax.model.load import Build, load_decoder, make_build, source_architecture
-from sftrec_jax.model.sharding import make_mesh, path_name
+from sftrec_jax.model.mesh import make_mesh
+from sftrec_jax.model.sharding import path_name
 from sftrec_jax.model.token_table import TokenRows
 
 # Many cases compile the same programs; a cache for this one process halves the time of the tests.

@@ -19,8 +19,9 @@ from sftrec_jax.data.windows import Windows
 from sftrec_jax.decode.recommender import Recommender
 from sftrec_jax.errors import UserError
 from sftrec_jax.model.load import TRAINABLE, load_decoder
+from sftrec_jax.model.mesh import make_mesh
 from sftrec_jax.model.packed_attention import WHOLE
-from sftrec_jax.model.sharding import make_mesh, named_arrays, with_arrays
+from sftrec_jax.model.sharding import named_arrays, with_arrays
 from sftrec_jax.train.batches import BatchPlan
 from sftrec_jax.train.optimizer import make_optimizer
 from sftrec_jax.train.step import init_state
@@ -29,7 +30,10 @@ MESHES = {
     "one": MeshConfig(),
     "data": MeshConfig(data=8),
     "fsdp": MeshConfig(data=1, fsdp=8),
-    "all": MeshConfig(data=2, fsdp=2, tensor=2),
+    "tensor": MeshConfig(data=2, tensor=4),
+    "fsdp and tensor": MeshConfig(data=1, fsdp=4, tensor=2),
+    "context": MeshConfig(data=2, context=4),
+    "all": MeshConfig(data=1, fsdp=2, context=2, tensor=2),
 }
 CONFIG = TrainConfig(row_length=24, batch_rows=8, epochs=50.0)
 LONG = TrainConfig(row_length=80, batch_rows=8)

@@ -29,8 +29,9 @@ from sftrec_jax.model.export import export_merged
 from sftrec_jax.model.hf_config import read_architecture
 from sftrec_jax.model.load import TRAINABLE, load_decoder, make_build, trainable_filter
 from sftrec_jax.model.merge import arrays_of
+from sftrec_jax.model.mesh import make_mesh
 from sftrec_jax.model.peft_write import export_adapter
-from sftrec_jax.model.sharding import make_mesh, named_arrays, with_arrays
+from sftrec_jax.model.sharding import named_arrays, with_arrays
 from sftrec_jax.train.optimizer import make_optimizer
 
 # peft 0.21 asks transformers 5.23 for a name that it renamed; this can go once peft asks for the new one.

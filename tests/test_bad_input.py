@@ -177,7 +177,10 @@ def test_batch_that_the_devices_cannot_divide(tmp_path: Path):
     command = [sys.executable, "-m", "sftrec_jax.cli", "prepare", str(config), "--out", str(out)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 2
-    assert done.stderr == "error: train.batch_rows is 4, which data x fsdp = 3 devices cannot divide; use 6\n"
+    assert done.stderr == (
+        "error: mesh data 3, fsdp 1, context 1, tensor 1: train.batch_rows is 4, which data x fsdp = 3 devices cannot divide; "
+        "use 6 (no other mesh of 3 devices works)\n"
+    )
     assert not out.exists()
 
 

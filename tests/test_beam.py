@@ -21,7 +21,7 @@ from sftrec_jax.items.codes import ItemCodes
 from sftrec_jax.model.decoder import Decoder
 from sftrec_jax.model.hub import BaseSource
 from sftrec_jax.model.load import Build, load_decoder, source_architecture
-from sftrec_jax.model.sharding import make_mesh
+from sftrec_jax.model.mesh import make_mesh
 
 VOCAB, NEW = 32, (5, 32, 33, 34, 35, 36, 37, 38, 39)  # one new row replaces a row of the table, the rest lie past it
 PROMPTS = [np.random.default_rng(n).integers(0, VOCAB, n).astype(np.int32) for n in (3, 20, 7, 1, 12)]

@@ -22,7 +22,7 @@ from sftrec_jax.model.adapters import PROJECTIONS, AdapterSpec
 from sftrec_jax.model.decoder import Decoder
 from sftrec_jax.model.hub import BaseSource
 from sftrec_jax.model.load import Build, load_decoder, source_architecture
-from sftrec_jax.model.sharding import make_mesh
+from sftrec_jax.model.mesh import make_mesh
 
 # peft 0.21 asks transformers 5.23 for a name that it renamed; this can go once peft asks for the new one.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")

@@ -18,7 +18,7 @@ from sftrec_jax.data.segments import PackedBatch
 from sftrec_jax.items.codes import ItemCodes
 from sftrec_jax.model.hub import BaseSource, resolve_base
 from sftrec_jax.model.load import Build, load_decoder, source_architecture
-from sftrec_jax.model.sharding import make_mesh
+from sftrec_jax.model.mesh import make_mesh
 from sftrec_jax.model.tensor_files import open_tensors
 
 FIXTURE = Path(__file__).parent / "fixtures" / "stories260k"

@@ -18,7 +18,7 @@ from sftrec_jax.model.decoder import Decoder
 from sftrec_jax.model.load import trainable_filter
 from sftrec_jax.model.rope import rope_tables
 from sftrec_jax.train import flops
-from sftrec_jax.train.flops import peak_flops, step_flops
+from sftrec_jax.train.flops import forward_flops, peak_flops, step_flops
 
 # No two of the sizes that a kernel joins are equal.
 ARCH = Architecture(900, 256, 512, 2, 6, 2, 64, 2048, 10000.0, 1e-5, True)
@@ -49,6 +49,29 @@ def compiled(arch: Architecture, spec: AdapterSpec | None, method: str, new_rows
     by_token, by_target = (jax.ShapeDtypeStruct((ROWS, n), jnp.int32) for n in (LENGTH, TARGETS))
     lowered = jax.jit(jax.value_and_grad(loss)).lower(trained, frozen, by_token, by_token, by_target, by_target)
     return lowered.compile()
+
+
+def compiled_forward(arch: Architecture, spec: AdapterSpec | None) -> Any:
+    """The layers alone, unrolled: what remat computes again."""
+    state: Any
+    graphdef, state = nnx.split(nnx.eval_shape(lambda: Decoder(arch, spec, (), jnp.float32, "none", jax.random.key(0)).layers))
+
+    def forward(state: Any, x: jax.Array, positions: jax.Array) -> jax.Array:
+        mask, rope = positions[:, None, :] <= positions[:, :, None], rope_tables(arch, positions)
+        for n in range(arch.layers):
+            layer = nnx.merge(graphdef, jax.tree.map(lambda p, n=n: p[n], state))
+            x, _ = layer(x, rope, lambda q, k, v, c, w: (attend(q, k, v, mask), c), None, None)
+        return x
+
+    x = jax.ShapeDtypeStruct((ROWS, LENGTH, arch.hidden_size), jnp.float32)
+    return jax.jit(forward).lower(state, x, jax.ShapeDtypeStruct((ROWS, LENGTH), jnp.int32)).compile()
+
+
+@pytest.mark.parametrize("spec", [None, adapters("q_proj", "down_proj"), adapters(*PROJECTIONS)])
+def test_what_remat_computes_again(spec: AdapterSpec | None) -> None:
+    # The mask applied whole computes every pair of tokens.
+    expected = products(compiled_forward(ARCH, spec).as_text())
+    assert forward_flops(ARCH, spec, ROWS * LENGTH, ROWS * LENGTH * LENGTH) == expected
 
 
 def products(text: str) -> int:

@@ -16,7 +16,7 @@ from sftrec_jax.decode.grounding import Grounder, nearest
 from sftrec_jax.decode.recommender import Recommender
 from sftrec_jax.errors import UserError
 from sftrec_jax.items.codes import ItemCodes
-from sftrec_jax.model.sharding import make_mesh
+from sftrec_jax.model.mesh import make_mesh
 
 END = 2
 LENGTH = 5

@@ -27,7 +27,8 @@ from sftrec_jax.model import tensor_files
 from sftrec_jax.model.families import weight_map
 from sftrec_jax.model.hf_config import read_architecture
 from sftrec_jax.model.merge import arrays_of
-from sftrec_jax.model.sharding import make_mesh, sharding_for
+from sftrec_jax.model.mesh import make_mesh
+from sftrec_jax.model.sharding import sharding_for
 from sftrec_jax.model.tensor_files import TensorSource, open_tensors
 from sftrec_jax.model.weights import base_arrays
 

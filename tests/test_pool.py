@@ -14,8 +14,8 @@ from transformers import LlamaModel
 
 from sftrec_jax.config import MeshConfig
 from sftrec_jax.model import pool
+from sftrec_jax.model.mesh import make_mesh
 from sftrec_jax.model.pool import mean_pooled
-from sftrec_jax.model.sharding import make_mesh
 
 HERE = Path(__file__).parent
 LENGTHS = [5, 0, 40, 1, 64, 17, 100, 3, 3, 30, 0]  # the context of `save_llama` is 64
@@ -30,7 +30,7 @@ from sftrec_jax.items.codes import ItemCodes
 from sftrec_jax.model.hub import BaseSource
 from sftrec_jax.model.load import load_decoder, make_build, source_architecture
 from sftrec_jax.model.pool import mean_pooled
-from sftrec_jax.model.sharding import make_mesh
+from sftrec_jax.model.mesh import make_mesh
 
 folder, out = map(Path, sys.argv[1:])
 source = BaseSource(folder, None, folder, "llama")

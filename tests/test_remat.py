@@ -14,8 +14,8 @@ from sftrec_jax.items.codes import ItemCodes
 from sftrec_jax.model import remat as module
 from sftrec_jax.model.decoder import Decoder, Remat
 from sftrec_jax.model.load import load_decoder, make_build, source_architecture, trainable_filter
+from sftrec_jax.model.mesh import make_mesh
 from sftrec_jax.model.remat import choose_remat, device_bytes, kept_bytes
-from sftrec_jax.model.sharding import make_mesh
 from sftrec_jax.train.loss import target_loss
 
 CODES = ItemCodes(np.array([[5], [6]], np.int32), (), np.zeros(0, np.int32), (), np.array(["a", "b"], object))
@@ -56,7 +56,7 @@ def test_memory_decides(monkeypatch: pytest.MonkeyPatch) -> None:
     need = 8 * 512 * kept_bytes(arch, None, jnp.float32)
 
     def chosen(memory: float, mesh: MeshConfig | None = None, **model: str) -> Remat:
-        monkeypatch.setattr(module, "device_bytes", lambda: int(memory))
+        monkeypatch.setattr(module, "device_bytes", lambda *_: int(memory))
         made = None if mesh is None else make_mesh(mesh, jax.devices()[:1])
         return choose_remat(ModelConfig(**model), train, arch, None, jnp.dtype(jnp.float32), made)[0]  # type: ignore[arg-type]
 

@@ -87,7 +87,7 @@ def test_packed_rows_take_windows(window: int | None) -> None:
     """Through the choice of path on this backend, in blocks and with the mask whole."""
     for t in (48, 96):
         marks, (query, key, value, _) = random_rows(2, t), random_arrays(2, 2, t, 2, 1, 16)
-        attention = packed_attention(marks, None, 1, 2.0)
+        attention = packed_attention(marks, None, 2.0)
         found = attention(query, key, value, None if window is None else jnp.int32(window))
         expected = by_pairs(query, key, value, jnp.asarray(seen_in_words(marks, window)), 2.0)
         real = np.asarray(marks[1]) > 0

@@ -17,7 +17,8 @@ from sftrec_jax.config import LoraConfig, MeshConfig, PromptConfig, TrainConfig
 from sftrec_jax.data.prompts import prompt_builder
 from sftrec_jax.data.segments import Example, PackedBatch
 from sftrec_jax.model.load import trainable_filter
-from sftrec_jax.model.sharding import make_mesh, named_arrays, sharding_for
+from sftrec_jax.model.mesh import make_mesh
+from sftrec_jax.model.sharding import named_arrays, sharding_for
 from sftrec_jax.train.batches import BatchPlan
 from sftrec_jax.train.loss import target_loss
 from sftrec_jax.train.step import TrainState, init_state, make_train_step, shard_batches

@@ -123,7 +123,7 @@ def extend(
 
     positions = jnp.broadcast_to(prefix.positions[:, None, None] + new, tokens.shape).reshape(b, w * t)
     caches = (prefix.key, prefix.value, *tail), prefix.shared
-    hidden, tail = decoder.hidden(tokens.reshape(b, w * t), positions, attend, caches)
+    hidden, tail = decoder.hidden(tokens.reshape(b, w * t), positions, attend, caches, divided="users")
     return hidden.reshape(b, w, t, -1), tail
 
 

@@ -21,10 +21,11 @@ from sftrec_jax.decode.pruning import Allowed, Pruner
 from sftrec_jax.decode.sampling import Diverse, Gumbel
 from sftrec_jax.decode.score import log_probabilities
 from sftrec_jax.decode.tree import CodeTree
+from sftrec_jax.distributed import place, to_host
 from sftrec_jax.errors import UserError
 from sftrec_jax.items.codes import ItemCodes
 from sftrec_jax.model.decoder import Decoder
-from sftrec_jax.model.sharding import BATCH
+from sftrec_jax.model.sharding import spec_of, ways
 
 SHARE_FROM = 8
 """Prompts that begin with fewer tokens in common are not divided."""
@@ -53,7 +54,7 @@ class Recommender:
         codes: tokens of every item. Items with equal codes stand together in a list, each with the score of the code; see
             `CodeGroups` for their order.
         config: beams, batch, layout and normaliser. With one token an item a list is exact whatever `beam` says.
-        mesh: devices of the parameters; users of a batch are divided over its axes data and fsdp where the batch divides.
+        mesh: devices of the parameters; users of a batch are divided over all its axes but tensor where the batch divides.
         common: int32 [S] tokens with which prompts begin; where all of a call do, these are computed once for all.
         capacity: room for so many items, so that `swap` compiles nothing; None: no more than the catalogue takes.
 
@@ -197,7 +198,7 @@ class Recommender:
             return log_probabilities(*search, self._place(some))
 
         def store(rows: np.ndarray, found: Any) -> None:
-            out[rows] = np.asarray(found)[: len(rows)]
+            out[rows] = to_host(found)[: len(rows)]
 
         self._batches(prompts, (), dispatch, store, progress)
         return out
@@ -218,7 +219,7 @@ class Recommender:
             return free_search(*search, k=k, beam=self._beam(k))
 
         def store(rows: np.ndarray, found: Any) -> None:
-            tokens[rows], scores[rows] = (np.asarray(x)[: len(rows)] for x in found)
+            tokens[rows], scores[rows] = (to_host(x)[: len(rows)] for x in found)
 
         self._batches(prompts, (self._space,), dispatch, store, progress)
         return tokens, scores
@@ -254,7 +255,9 @@ class Recommender:
             found = recommend(*search, pruned, how, k=k, beam=beam, both=both, normaliser=self.config.normaliser)
             return found if chooser is None or not isinstance(how, Gumbel | Diverse) else (*found[:2], None)
 
-        self._batches(prompts, (self.index,), dispatch, lambda rows, found: store(rows, jax.device_get(found)), progress, size)
+        self._batches(
+            prompts, (self.index,), dispatch, lambda rows, found: store(rows, jax.tree.map(to_host, found)), progress, size
+        )
 
     def _rank(
         self,
@@ -360,11 +363,11 @@ class Recommender:
     def _place(self, values: np.ndarray) -> jax.Array:
         if self.mesh is None:
             return jnp.asarray(values)
-        divides = len(values) % (self.mesh.shape["data"] * self.mesh.shape["fsdp"]) == 0
-        return jax.device_put(values, NamedSharding(self.mesh, BATCH if divides else PartitionSpec()))
+        divides = len(values) % ways(self.mesh, "users") == 0
+        return place(values, NamedSharding(self.mesh, spec_of("users") if divides else PartitionSpec()))
 
     def _everywhere(self, values: Any) -> Any:
-        return values if self.mesh is None else jax.device_put(values, NamedSharding(self.mesh, PartitionSpec()))
+        return values if self.mesh is None else place(values, NamedSharding(self.mesh, PartitionSpec()))
 
 
 @jax.jit(static_argnames="graphdef")

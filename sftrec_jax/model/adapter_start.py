@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from sftrec_jax.distributed import to_host
 from sftrec_jax.model.adapters import AdapterSpec
 from sftrec_jax.model.quantised import Quantisation, as_qarray, dense
 
@@ -37,7 +38,7 @@ def begin_adapters(
         if not name.endswith("/rows"):
             begun[name] = value
         elif name in arrays:
-            begun[name] = np.where(np.isnan(value), np.asarray(arrays[name]), value)
+            begun[name] = np.where(np.isnan(value), to_host(arrays[name]), value)
     return begun
 
 

@@ -16,6 +16,7 @@ from sftrec_jax.model.layers import Attend, Layers, RMSNorm
 from sftrec_jax.model.packed_attention import packed_attention
 from sftrec_jax.model.quantised import Quantisation
 from sftrec_jax.model.rope import all_tables
+from sftrec_jax.model.sharding import laid_out, ways
 from sftrec_jax.model.token_table import TokenTable
 
 Remat = Literal["none", "dots", "full"]
@@ -55,10 +56,12 @@ class Decoder(nnx.Module):
         attend: Attend,
         caches: Any = None,
         dropout_key: Array | None = None,
+        divided: Literal["batch", "users"] | None = None,
     ) -> tuple[Float[Array, "B T D"], Any]:
         """Final hidden states, and what `attend` returned as cache in each layer (stacked on a leading layer axis).
 
         `caches` is a pytree with a leading layer axis, or None. `dropout_key` switches adapter dropout on.
+        `divided`: what axis 0 is, and how the states lie over the mesh between layers; None: as XLA likes.
         """
         x = self._embedded(tokens)
         rope_of, which, windows = self._by_layer(positions)
@@ -67,7 +70,8 @@ class Decoder(nnx.Module):
 
         def body(x: Array, scanned: tuple[Any, ...]) -> tuple[Array, Any]:
             layer_state, cache, key, kind, window = scanned
-            return nnx.merge(graphdef, layer_state)(x, rope_of(kind), attend, cache, key, window=window)
+            x, cache = nnx.merge(graphdef, layer_state)(self._laid(x, divided), rope_of(kind), attend, cache, key, window=window)
+            return self._laid(x, divided), cache
 
         if self.remat != "none":
             # Kernels' products have no batch axes, those of attention have.
@@ -105,7 +109,8 @@ class Decoder(nnx.Module):
             ) -> tuple[Array, tuple[Array, Array]]:
                 return attend(query, key, value, cache, window), (key, value)
 
-            return nnx.merge(graphdef, one)(x, rope_of(kind), keeping, cache, None, only, window)
+            x, kept = nnx.merge(graphdef, one)(self._laid(x, "users"), rope_of(kind), keeping, cache, None, only, window)
+            return self._laid(x, "users"), kept
 
         count = self.arch.layers - 1
         x, stacked = jax.lax.scan(lambda x, at: layer(x, at, attend, None), x, jnp.arange(count), length=count)
@@ -115,15 +120,19 @@ class Decoder(nnx.Module):
 
     def packed_hidden(self, batch: Any, dropout_key: Array | None = None) -> Float[Array, "B T D"]:
         """Final hidden states of packed rows; `batch` has tokens, positions, segments, branches, forks [B, T]."""
-        attention = packed_attention(
-            (batch.positions, batch.segments, batch.branches, batch.forks), self.mesh, self.arch.kv_heads, self.arch.softcap
-        )
+        attention = packed_attention((batch.positions, batch.segments, batch.branches, batch.forks), self.mesh, self.arch.softcap)
         hides = self.arch.window is not None and self.arch.window < batch.tokens.shape[1]
 
         def masked(query: Array, key: Array, value: Array, cache: None, window: Array | None) -> tuple[Array, None]:
             return attention(query, key, value, window if hides else None), None
 
-        return self.hidden(batch.tokens, batch.positions, masked, dropout_key=dropout_key)[0]
+        return self.hidden(batch.tokens, batch.positions, masked, dropout_key=dropout_key, divided="batch")[0]
+
+    def _laid(self, x: Float[Array, "B T D"], axis: Literal["batch", "users"] | None) -> Float[Array, "B T D"]:
+        """States as the mesh divides them, so that XLA moves kernels to them and not sums of partial products."""
+        if axis is None or self.mesh is None or x.shape[0] % ways(self.mesh, axis):
+            return x
+        return laid_out(x, self.mesh, axis, "length" if axis == "batch" else None, None)
 
     def _embedded(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
         x = self.embed_tokens.embed(tokens, self.dtype)

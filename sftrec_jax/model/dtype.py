@@ -18,15 +18,15 @@ FASTER = 2.0
 """So many times as fast bfloat16 must be: what a machine with matrix units far exceeds, and others do not come near."""
 
 
-def compute_dtype(config: ModelConfig) -> tuple[Any, str]:
-    """The type of activations and frozen weights, and the reason for it.
+def compute_dtype(config: ModelConfig, platform: str | None = None) -> tuple[Any, str]:
+    """The type of activations and frozen weights, and the reason for it. `platform`: None for the default one.
 
     `auto` on a CPU: bfloat16 where a product takes at most 1 / `FASTER` of the time of one in float32, as with AMX. AVX-512
     BF16 alone does not reach that: there float32 trained 1.5 times as fast (docs/log.md).
     """
     if config.compute_dtype != "auto":
         return jnp.dtype(config.compute_dtype), "as configured"
-    backend = jax.default_backend()
+    backend = platform or jax.default_backend()
     if backend != "cpu":
         return jnp.dtype(jnp.bfloat16), f"{backend}: half the memory traffic"
     speed = bfloat16_speed()

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import jax.numpy as jnp
 import numpy as np
 
+from sftrec_jax.distributed import to_host
 from sftrec_jax.errors import UserError
 from sftrec_jax.items.codes import ItemCodes
 from sftrec_jax.model.cards import CardInfo, merged_card
@@ -135,7 +136,7 @@ def _hub_tensors(decoder: Decoder) -> LazyTensors:
         array = arrays[path]
 
         def read() -> np.ndarray:
-            value = np.asarray(array if layer is None else array[layer])
+            value = to_host(array if layer is None else array[layer])
             return value.T if transposed else value
 
         return array.nbytes // (1 if layer is None else len(array)), read

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import tempfile
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,6 +15,7 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
+from sftrec_jax.distributed import is_main
 from sftrec_jax.errors import UserError
 
 LazyTensors = dict[str, tuple[int, Callable[[], np.ndarray]]]
@@ -56,7 +58,9 @@ def write_weights(folder: Path, tensors: LazyTensors, max_bytes: int) -> int:
 
 
 def save_tensors(tensors: dict[str, np.ndarray], path: Path) -> None:
-    """One safetensors file as transformers and peft read it."""
+    """One safetensors file as transformers and peft read it; of several processes the first alone writes it."""
+    if not is_main():
+        return
     # Of a transposed view safetensors writes the untransposed bytes without a word, hence ascontiguousarray.
     # transformers asks for the format entry.
     try:
@@ -72,6 +76,8 @@ def check_target(out: Path, overwrite: bool) -> Path:
     those of an export (always).
     """
     out = Path(os.path.realpath(out))
+    if not is_main():
+        return out
     if out.exists() and not out.is_dir():
         raise UserError(f"{out}: is a file; name a folder to export to")
     names = sorted(p.name for p in out.iterdir()) if out.exists() else []
@@ -87,8 +93,13 @@ def check_target(out: Path, overwrite: bool) -> Path:
 def replacing(out: Path) -> Iterator[Path]:
     """A new folder beside `out` that takes its place when the block ends; after an error nothing of it is left.
 
+    Of several processes the first alone makes it; the others get a folder of their own that is removed.
     Raises UserError when the file system refuses.
     """
+    if not is_main():
+        with tempfile.TemporaryDirectory() as own:
+            yield Path(own)
+        return
     mark = uuid.uuid4().hex[:8]
     new, old = (out.with_name(f".{out.name}.{mark}.{kind}") for kind in ("new", "old"))
     try:

@@ -137,7 +137,7 @@ FAMILIES: dict[str, Family] = {
         _gemma3,
     ),
 }
-ELSEWHERE = {"gemma3": "a text-only one, such as google/gemma-3-1b-it", "phi3": "Llama, Qwen or SmolLM", "mixtral": "a dense one"}
+ELSEWHERE = {"gemma3": "a text-only one, such as google/gemma-3-1b-it", "mixtral": "a dense one, such as Mistral-7B"}
 
 
 def _rope(config: dict[str, Any], where: str) -> tuple[float, RopeScaling | None]:

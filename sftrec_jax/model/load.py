@@ -10,6 +10,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from sftrec_jax.config import LoraConfig, ModelConfig, TrainConfig
+from sftrec_jax.distributed import place, to_host
 from sftrec_jax.errors import UserError
 from sftrec_jax.items.codes import ItemCodes
 from sftrec_jax.model.adapter_start import begin_adapters
@@ -21,6 +22,7 @@ from sftrec_jax.model.gguf_file import read_gguf
 from sftrec_jax.model.hf_config import parse_architecture, read_architecture
 from sftrec_jax.model.hub import BaseSource
 from sftrec_jax.model.lora import AdapterConstant, LoRAParam
+from sftrec_jax.model.mesh import platform_of
 from sftrec_jax.model.peft_read import configured_spec, modules_to_save, read_adapter
 from sftrec_jax.model.quantised import Quantisation
 from sftrec_jax.model.remat import choose_remat
@@ -80,7 +82,7 @@ def make_build(
             f"train.{setting} trains new token rows, but these items have none; use an items.tokenizer that adds tokens, such as "
             f"atomic, or train.{other}"
         )
-    dtype, _ = compute_dtype(model)
+    dtype, _ = compute_dtype(model, platform_of(mesh))
     adapters = configured_spec(lora, arch) if train.method == "lora" else None
     frozen = jnp.dtype(jnp.float32) if train.method == "full" else dtype
     remat, _ = choose_remat(model, train, arch, adapters, dtype, mesh)
@@ -123,12 +125,12 @@ def initial_rows(table: jax.Array, codes: ItemCodes, vectors: np.ndarray | None)
     the wanted scale) are added through a fixed random rotation into the D dimensions, in units of that norm.
     """
     norms, mean = _row_norms(table)
-    norm, fallback = float(np.median(norms)), np.asarray(mean)
+    norm, fallback = float(np.median(to_host(norms))), to_host(mean)
     rows = np.empty((len(codes.init_tokens), table.shape[1]), np.float32)
     for begin in range(0, len(rows), ROWS_AT_ONCE):
         some = codes.init_tokens[begin : begin + ROWS_AT_ONCE]
         used = np.unique(np.concatenate([np.zeros(0, np.int64), *(np.asarray(ids, np.int64) for ids in some)])).astype(np.int64)
-        held = np.asarray(table[used].astype(jnp.float32))
+        held = to_host(table[used].astype(jnp.float32))
         for at, ids in enumerate(some):
             rows[begin + at] = held[np.searchsorted(used, ids)].mean(0) if ids else fallback
     rows = rows * (norm / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12))
@@ -181,11 +183,13 @@ def load_decoder(
     for table in ("embed_tokens", "lm_head"):
         if (rows := f"{table}/rows") in names:
             weight = arrays[f"{table}/weight"]
-            own = np.asarray(weight[np.asarray(build.row_ids[len(codes.new_tokens) :], np.int32)].astype(jnp.float32))
+            own = to_host(weight[np.asarray(build.row_ids[len(codes.new_tokens) :], np.int32)].astype(jnp.float32))
             value = np.concatenate([initial_rows(weight, codes, vectors), own]) if codes.new_tokens else own
-            arrays[rows] = jax.device_put(value, shardings[rows])
+            arrays[rows] = place(value, shardings[rows])
     if build.adapters is not None:
         given = read_adapter(start, build.adapters, build.arch, codes, build.row_ids, build.whole) if start else {}
         begun = begin_adapters(build.adapters, arrays, given, build.quantise)
-        arrays |= {name: jax.device_put(value, shardings[name]) for name, value in begun.items()}
+        for name, value in begun.items():
+            moved = jax.device_put if isinstance(value, jax.Array) else place
+            arrays[name] = moved(value, shardings[name])
     return nnx.merge(graphdef, with_arrays(abstract_state, arrays))

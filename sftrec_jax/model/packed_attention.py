@@ -5,12 +5,13 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import Mesh
 from jaxtyping import Array, Int
 
 from sftrec_jax.model.attention import attend, first_seen, packed_mask
 from sftrec_jax.model.blockwise import Marks, block_attention
-from sftrec_jax.model.sharding import BATCH
+from sftrec_jax.model.mesh import platform_of
+from sftrec_jax.model.sharding import spec_of
 from sftrec_jax.model.tree_attention import longest_row, tree_attention
 
 WHOLE = 64
@@ -21,12 +22,11 @@ KERNELS = 128
 Path = Literal["whole", "kernels", "blocks"]
 
 
-def attention_path(length: int, head_dim: int, dtype: Any) -> tuple[Path, str]:
-    """How rows of so many tokens are attended to on the default backend, and why.
+def attention_path(length: int, head_dim: int, dtype: Any, backend: str) -> tuple[Path, str]:
+    """How rows of so many tokens are attended to on `cpu`, `gpu` or `tpu`, and why.
 
     Neither JAX's splash attention nor cuDNN's takes the mask of branches but as a T x T array, the square of the row.
     """
-    backend = jax.default_backend()
     least = WHOLE if backend == "cpu" else KERNELS - 1
     if length <= least:
         return "whole", f"the mask whole: rows of up to {least} tokens are a block or less"
@@ -39,19 +39,20 @@ def attention_path(length: int, head_dim: int, dtype: Any) -> tuple[Path, str]:
 
 
 def packed_attention(
-    marks: Marks, mesh: Mesh | None, kv_heads: int, softcap: float | None = None
+    marks: Marks, mesh: Mesh | None, softcap: float | None = None
 ) -> Callable[[Array, Array, Array, Array | None], Array]:
     """What maps query [B, T, N, H], key and value [B, T, K, H] of packed rows to outputs [B, T, N, H]; the fourth argument is the
     layer's window, int32 scalar, or None where it hides nothing.
 
     Args:
         marks: positions, segments, branches, forks, int32 [B, T] each (see `packed_mask`).
-        mesh: the devices over whose data and fsdp axes rows are divided, and over whose tensor axis heads are; None: one device.
-        kv_heads: K; heads are divided where the tensor axis divides it.
+        mesh: the devices over whose data and fsdp axes rows are divided; None: one device. Over its tensor and context axes heads
+            are: where rows are divided over context, each device gets whole rows of its heads by all-to-all, and gives them back
+            (Jacobs et al. 2023, DeepSpeed Ulysses, arXiv:2309.14509). Both kinds of heads must divide (`check_mesh`).
         softcap: see `soft_capped`.
     """
-    length = marks[0].shape[1]
-    if attention_path(length, 1, jnp.float32)[0] == "whole":
+    length, platform = marks[0].shape[1], platform_of(mesh)
+    if attention_path(length, 1, jnp.float32, platform)[0] == "whole":
         mask = packed_mask(*marks)
 
         def whole(query: Array, key: Array, value: Array, window: Array | None = None) -> Array:
@@ -61,14 +62,13 @@ def packed_attention(
         return whole
 
     def local(query: Array, key: Array, value: Array, *marks: Int[Array, "B T"]) -> Array:
-        if attention_path(length, query.shape[-1], query.dtype)[0] == "kernels":
+        if attention_path(length, query.shape[-1], query.dtype, platform)[0] == "kernels":
             return tree_attention(query, key, value, *marks, softcap=softcap)
         return block_attention(query, key, value, marks, softcap=softcap)
 
     if mesh is None or mesh.size == 1:
         return lambda query, key, value, window=None: local(query, key, value, *_within(marks, window))
-    heads = "tensor" if kv_heads % mesh.shape["tensor"] == 0 else None
-    states, rows = PartitionSpec(*BATCH, None, heads, None), PartitionSpec(*BATCH)
+    states, rows = spec_of("batch", None, "heads_of_rows", None), spec_of("batch")
 
     def over_devices(query: Array, key: Array, value: Array, window: Array | None = None) -> Array:
         all_marks = _within(marks, window)

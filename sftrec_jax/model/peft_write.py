@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from sftrec_jax.distributed import to_host
 from sftrec_jax.errors import UserError
 from sftrec_jax.items.codes import ItemCodes
 from sftrec_jax.model.adapters import TABLES, AdapterSpec, module_paths
@@ -133,7 +134,7 @@ def peft_tensors(decoder: Decoder, build: Build) -> dict[str, np.ndarray]:
     tensors: dict[str, np.ndarray] = {}
 
     def host(name: str) -> np.ndarray:
-        return np.asarray(arrays[f"layers/{name}"], np.float32)
+        return to_host(arrays[f"layers/{name}"]).astype(np.float32)
 
     for target in spec.targets:
         a, b = host(f"{target}/lora_a"), host(f"{target}/lora_b")
@@ -152,15 +153,17 @@ def peft_tensors(decoder: Decoder, build: Build) -> dict[str, np.ndarray]:
     for name, (path, layer) in _saved(build).items():
         value = arrays[path] if layer is None else arrays[path][layer]
         rows = arrays.get(path.replace("/weight", "/rows"))
-        tensors[f"base_model.model.{name}"] = np.asarray(grown_table(value, rows, build) if path in TABLES else value, np.float32)
+        tensors[f"base_model.model.{name}"] = to_host(grown_table(value, rows, build) if path in TABLES else value).astype(
+            np.float32
+        )
     if build.arch.tied and "embed_tokens/weight" in build.whole:
         tensors[f"base_model.model.{HEAD}"] = tensors["base_model.model.model.embed_tokens.weight"]  # PEFT looks for both
     if build.row_ids:
         gaps = gap_ids(build)
         order = np.argsort(np.asarray((*build.row_ids, *gaps)), kind="stable")
         for table in _tables(build):
-            rows = np.asarray(arrays[f"{table}/rows"], np.float32)
-            fill = np.broadcast_to(np.asarray(gap_row(arrays[f"{table}/weight"])), (len(gaps), rows.shape[1]))
+            rows = to_host(arrays[f"{table}/rows"]).astype(np.float32)
+            fill = np.broadcast_to(to_host(gap_row(arrays[f"{table}/weight"])), (len(gaps), rows.shape[1]))
             where = "model.embed_tokens" if table == "embed_tokens" else table
             key = f"base_model.model.{where}.token_adapter.trainable_tokens_delta"
             tensors[key] = np.concatenate([rows, fill])[order]

@@ -11,6 +11,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, Float, Int
 
+from sftrec_jax.distributed import place, to_host
 from sftrec_jax.model.attention import attend, first_seen
 from sftrec_jax.model.decoder import Decoder
 from sftrec_jax.model.sharding import BATCH
@@ -41,12 +42,12 @@ def mean_pooled(
     """
     lengths = np.minimum([len(text) for text in texts], decoder.arch.context).astype(np.int64)
     devices = mesh.shape["data"] * mesh.shape["fsdp"]
-    place = NamedSharding(mesh, BATCH)
+    over_rows = NamedSharding(mesh, BATCH)
     graphdef, state = nnx.split(decoder)
     out = np.zeros((len(texts), decoder.arch.hidden_size), np.float32)
 
     def finish(rows: np.ndarray, pooled: jax.Array) -> None:
-        out[rows] = np.asarray(pooled)[: len(rows)]
+        out[rows] = to_host(pooled)[: len(rows)]
         if progress is not None:
             progress(len(rows))
 
@@ -57,7 +58,7 @@ def mean_pooled(
         for at, row in enumerate(rows):
             counts[at] = lengths[row]
             tokens[at, : counts[at]] = texts[row][: counts[at]]
-        launched = rows, _pool(graphdef, state, *jax.device_put((tokens, counts), place))
+        launched = rows, _pool(graphdef, state, *place((tokens, counts), over_rows))
         if waiting is not None:
             finish(*waiting)
         waiting = launched

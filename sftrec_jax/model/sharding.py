@@ -1,61 +1,85 @@
-"""The mesh, and one table from parameter path to PartitionSpec: first match wins, no match is an error."""
+"""Where arrays lie: a table from parameter path to logical axes, and one from logical axis to mesh axes."""
 
 import re
 from collections.abc import Mapping
 from typing import Any
 
 import jax
-import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from sftrec_jax.config import MeshConfig
 from sftrec_jax.errors import UserError
 
-AXES = ("data", "fsdp", "tensor")
+AXES = ("data", "fsdp", "context", "tensor")
+"""The mesh's."""
 
-# Adapters are sharded like their base: A like the input axis, B like the output axis. Axis 0 of the stack is the layer.
-RULES: tuple[tuple[str, PartitionSpec], ...] = (
-    (r"layers/(q|k|v|gate|up)_proj/kernel(_scale)?", PartitionSpec(None, "fsdp", "tensor")),
-    (r"layers/(o|down)_proj/kernel(_scale)?", PartitionSpec(None, "tensor", "fsdp")),
-    (r"layers/(q|k|v|gate|up)_proj/(lora|pissa)_a", PartitionSpec(None, "fsdp", None)),
-    (r"layers/(q|k|v|gate|up)_proj/(lora|pissa)_b", PartitionSpec(None, None, "tensor")),
-    (r"layers/(o|down)_proj/(lora|pissa)_a", PartitionSpec(None, "tensor", None)),
-    (r"layers/(o|down)_proj/(lora|pissa)_b", PartitionSpec(None, None, "fsdp")),
-    (r"(embed_tokens|lm_head)/weight", PartitionSpec("tensor", "fsdp")),
-    (r"(embed_tokens|lm_head)/rows", PartitionSpec(None, "fsdp")),
-    (r"layers/\w+/lora_scale", PartitionSpec()),
-    (r"layers/(q|k|v|gate|up)_proj/lora_magnitude", PartitionSpec(None, "tensor")),
-    (r"layers/(o|down)_proj/lora_magnitude", PartitionSpec(None, "fsdp")),
-    (r"layers/(q|k|v|gate|up)_proj/bias", PartitionSpec(None, "tensor")),
-    (r"layers/(o|down)_proj/bias", PartitionSpec(None, "fsdp")),
-    (r"(layers/\w+_norm|norm)/weight", PartitionSpec()),
+Axes = str | tuple[str, ...] | None
+
+LOGICAL: dict[str, Axes] = {
+    "batch": ("data", "fsdp"),
+    "users": ("data", "fsdp", "context"),  # a search has no long rows to divide, so that axis takes users
+    "length": "context",
+    "heads_of_rows": ("tensor", "context"),  # in attention a device has whole rows of some heads
+    "layer": None,
+    "embed": "fsdp",
+    "heads": "tensor",
+    "kv_heads": "tensor",
+    "ffw": "tensor",
+    "vocab": "tensor",
+    "rank": None,
+    "new_rows": None,
+    "norm": None,
+}
+"""Mesh axes over which a logical axis is divided."""
+
+# First match wins. Adapters are sharded like their base: A like the input axis, B like the output axis.
+RULES: tuple[tuple[str, tuple[str, ...]], ...] = (
+    (r"layers/q_proj/kernel(_scale)?", ("layer", "embed", "heads")),
+    (r"layers/(k|v)_proj/kernel(_scale)?", ("layer", "embed", "kv_heads")),
+    (r"layers/(gate|up)_proj/kernel(_scale)?", ("layer", "embed", "ffw")),
+    (r"layers/o_proj/kernel(_scale)?", ("layer", "heads", "embed")),
+    (r"layers/down_proj/kernel(_scale)?", ("layer", "ffw", "embed")),
+    (r"layers/(q|k|v|gate|up)_proj/(lora|pissa)_a", ("layer", "embed", "rank")),
+    (r"layers/q_proj/(lora|pissa)_b", ("layer", "rank", "heads")),
+    (r"layers/(k|v)_proj/(lora|pissa)_b", ("layer", "rank", "kv_heads")),
+    (r"layers/(gate|up)_proj/(lora|pissa)_b", ("layer", "rank", "ffw")),
+    (r"layers/o_proj/(lora|pissa)_a", ("layer", "heads", "rank")),
+    (r"layers/down_proj/(lora|pissa)_a", ("layer", "ffw", "rank")),
+    (r"layers/(o|down)_proj/(lora|pissa)_b", ("layer", "rank", "embed")),
+    (r"layers/q_proj/(bias|lora_magnitude)", ("layer", "heads")),
+    (r"layers/(k|v)_proj/(bias|lora_magnitude)", ("layer", "kv_heads")),
+    (r"layers/(gate|up)_proj/(bias|lora_magnitude)", ("layer", "ffw")),
+    (r"layers/(o|down)_proj/(bias|lora_magnitude)", ("layer", "embed")),
+    (r"layers/\w+/lora_scale", ()),
+    (r"(layers/\w+_norm|norm)/weight", ()),
+    (r"(embed_tokens|lm_head)/weight", ("vocab", "embed")),
+    (r"(embed_tokens|lm_head)/rows", ("new_rows", "embed")),
 )
 
-BATCH = PartitionSpec(("data", "fsdp"))
+
+def spec_of(*logical: str | None) -> PartitionSpec:
+    """The PartitionSpec of an array with these logical axes, None for one that is not divided.
+
+    Raises: KeyError for an axis that the table lacks, ValueError where two share a mesh axis.
+    """
+    axes = [None if name is None else LOGICAL[name] for name in logical]
+    used = [a for axis in axes for a in ((axis,) if isinstance(axis, str) else axis or ())]
+    if len(used) != len(set(used)):
+        raise ValueError(f"the logical axes {logical} collide: {axes}")
+    return PartitionSpec(*axes)
+
+
+BATCH = spec_of("batch")
 """Axis 0 of a batch is divided over both data axes."""
-
-
-def make_mesh(config: MeshConfig, devices: Any = None) -> Mesh:
-    """Builds the mesh over all devices (or those given); -1 in one size takes what the others leave."""
-    devices = list(jax.devices() if devices is None else devices)
-    sizes = [config.data, config.fsdp, config.tensor]
-    known = int(np.prod([s for s in sizes if s != -1]))
-    named = ", ".join(f"{a} {s}" for a, s in zip(AXES, sizes, strict=True))
-    if -1 in sizes:
-        if len(devices) % known:
-            raise UserError(f"mesh {named}: {len(devices)} devices cannot be divided by {known}; lower fsdp or tensor")
-        sizes[sizes.index(-1)] = len(devices) // known
-    if int(np.prod(sizes)) != len(devices):
-        raise UserError(f"mesh {named} needs {int(np.prod(sizes))} devices, {len(devices)} are there; set one size to -1")
-    return Mesh(np.asarray(devices).reshape(sizes), AXES)
+ROWS = spec_of("batch", "length")
+"""Rows of tokens."""
 
 
 def spec_for(path: str) -> PartitionSpec:
     """The PartitionSpec of a parameter path such as `layers/q_proj/kernel`."""
-    for pattern, spec in RULES:
+    for pattern, logical in RULES:
         if re.fullmatch(pattern, path):
-            return spec
+            return spec_of(*logical)
     raise KeyError(f"no sharding rule matches the parameter {path}")
 
 
@@ -66,6 +90,22 @@ def sharding_for(path: str, shape: tuple[int, ...], mesh: Mesh) -> NamedSharding
         if axis is not None and size % mesh.shape[axis]:
             raise UserError(f"mesh axis {axis} of size {mesh.shape[axis]} does not divide {size} of {path}; choose a divisor")
     return NamedSharding(mesh, spec)
+
+
+def ways(mesh: Mesh, logical: str) -> int:
+    """Into how many parts a mesh divides a logical axis."""
+    axes = LOGICAL[logical]
+    size = 1
+    for axis in (axes,) if isinstance(axes, str) else axes or ():
+        size *= mesh.shape[axis]
+    return size
+
+
+def laid_out(x: jax.Array, mesh: Mesh | None, *logical: str | None) -> jax.Array:
+    """`x` with its axes divided as the table says; as it is without a mesh of several devices."""
+    if mesh is None or mesh.size == 1:
+        return x
+    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec_of(*logical)))
 
 
 def path_name(path: tuple[Any, ...]) -> str:

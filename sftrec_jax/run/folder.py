@@ -11,6 +11,7 @@ from typing import Any
 
 from sftrec_jax.config import RunConfig
 from sftrec_jax.config_file import dump_config, load_config, to_dict
+from sftrec_jax.distributed import is_main
 from sftrec_jax.errors import UserError
 
 ENTRIES = ("config.yaml", "prepared", "checkpoints", "metrics.jsonl", "metrics.json", "recommendations.parquet", "export")
@@ -73,7 +74,9 @@ class RunFolder:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes a file under a temporary name, then renames it."""
+    """Writes a file under a temporary name, then renames it; of several processes the first alone."""
+    if not is_main():
+        return
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         temporary.write_text(text, encoding="utf-8")

@@ -11,7 +11,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from sftrec_jax.config import RunConfig
+from sftrec_jax.config import MeshConfig, RunConfig
 from sftrec_jax.config_file import load_config
 from sftrec_jax.console import console
 from sftrec_jax.data.dataset import Dataset
@@ -21,11 +21,14 @@ from sftrec_jax.decode.recommender import Recommender
 from sftrec_jax.errors import UserError
 from sftrec_jax.evaluate.checks import check_evaluable
 from sftrec_jax.items.codes import ItemCodes
+from sftrec_jax.model.architecture import Architecture
 from sftrec_jax.model.decoder import Decoder
 from sftrec_jax.model.hub import BaseSource, load_tokenizer, resolve_base
 from sftrec_jax.model.load import Build, load_decoder, make_build, source_architecture, trainable_filter
+from sftrec_jax.model.memory import choose_mesh
+from sftrec_jax.model.mesh import check_mesh, make_mesh, named
 from sftrec_jax.model.peft_read import adapter_folder
-from sftrec_jax.model.sharding import make_mesh, named_arrays, with_arrays
+from sftrec_jax.model.sharding import named_arrays, with_arrays
 from sftrec_jax.run.folder import RunFolder, open_folder
 from sftrec_jax.run.naming import name_items
 from sftrec_jax.run.vectors import Vectoriser
@@ -87,16 +90,12 @@ def _open(folder: RunFolder, config: RunConfig, dataset: Dataset, codes: ItemCod
             f"{source.label}: the tokenizer has {len(tokenizer)} tokens but the model only {arch.vocab_size} rows; "
             "set model.tokenizer to the model's own"
         )
-    mesh = make_mesh(config.mesh)
+    mesh = _mesh(config, arch, len(dataset.item_ids), codes is None)
     config = _with_own_start(folder, config)
     if codes is None:
-        # Here and not where a run is opened again: recommending works on any number of devices.
-        ways, rows = mesh.shape["data"] * mesh.shape["fsdp"], config.train.batch_rows
-        if rows % ways:
-            raise UserError(
-                f"train.batch_rows is {rows}, which data x fsdp = {ways} devices cannot divide; use {-(-rows // ways) * ways}"
-            )
-        codes = name_items(config, dataset, Vectoriser(config, source, tokenizer, mesh, folder.prepared))
+        # Of several processes the first prepares alone, on its own devices.
+        own = mesh if jax.process_count() == 1 else make_mesh(MeshConfig(), jax.local_devices())
+        codes = name_items(config, dataset, Vectoriser(config, source, tokenizer, own, folder.prepared))
         codes.save(folder.prepared)
     elif codes.new_tokens:
         from transformers import AddedToken
@@ -117,6 +116,18 @@ def _open(folder: RunFolder, config: RunConfig, dataset: Dataset, codes: ItemCod
         mesh=mesh,
         prompts=prompt_builder(config.prompt, codes, tokenizer, context),
     )
+
+
+def _mesh(config: RunConfig, arch: Architecture, items: int, new: bool) -> Mesh:
+    chosen, why = config.mesh, ""
+    if chosen.auto:
+        chosen, why = choose_mesh(config, arch, items, jax.devices())
+    mesh = make_mesh(chosen)
+    # The batch only of a new run: recommending works on any number of devices.
+    check_mesh(mesh, arch, config.train if new else None)
+    if why:
+        console.print(f"mesh: {named(mesh.shape)} ({why})")
+    return mesh
 
 
 def _with_own_start(folder: RunFolder, config: RunConfig) -> RunConfig:

@@ -13,6 +13,7 @@ from jax.sharding import NamedSharding
 from sftrec_jax.config import TrainConfig
 from sftrec_jax.console import console
 from sftrec_jax.data.segments import Segments
+from sftrec_jax.distributed import place
 from sftrec_jax.errors import UserError
 from sftrec_jax.evaluate.uncertainty import draw
 from sftrec_jax.items.index_file import write_index
@@ -21,6 +22,7 @@ from sftrec_jax.model.cards import CardInfo
 from sftrec_jax.model.decoder import Decoder
 from sftrec_jax.model.dtype import compute_dtype
 from sftrec_jax.model.export import export_merged
+from sftrec_jax.model.mesh import platform_of
 from sftrec_jax.model.packed_attention import attention_path
 from sftrec_jax.model.peft_read import trains_tokens
 from sftrec_jax.model.peft_write import export_adapter
@@ -59,15 +61,15 @@ def train_stage(session: Session, resume: bool) -> TrainResult:
         console.print(f"adapters: begin with those of {start}")
     if session.codes.new_tokens and (start is None or not trains_tokens(start)):
         batch = jax.tree.map(lambda x: x[0], plan.batch(0))
-        share = calibrate(decoder, jax.device_put(batch, NamedSharding(session.mesh, BATCH)), len(session.codes.new_tokens))
+        share = calibrate(decoder, place(batch, NamedSharding(session.mesh, BATCH)), len(session.codes.new_tokens))
         console.print(f"new rows: {len(session.codes.new_tokens):,}, shifted by {share:.2f} of their length to match text")
     graphdef, trained, frozen = session.split(decoder)
-    dtype, why = compute_dtype(config.model)
+    dtype, why = compute_dtype(config.model, platform_of(session.mesh))
     console.print(f"devices: {describe_devices(session.mesh)}")
     build = session.build
     remat, reason = choose_remat(config.model, t, build.arch, build.adapters, dtype, session.mesh)
     console.print(f"compute: {dtype.name} ({why}); adapters and optimizer float32; remat {remat} ({reason})")
-    console.print(f"attention: {attention_path(t.row_length, build.arch.head_dim, dtype)[1]}")
+    console.print(f"attention: {attention_path(t.row_length, build.arch.head_dim, dtype, platform_of(session.mesh))[1]}")
     console.print(f"parameters: {_size(trained):,} trained of {_size(trained) + _size(frozen):,} ({t.method})")
     console.print(
         f"examples: {counts['examples']:,} with {int(plan.targets.sum()):,} target tokens in {int(plan.lengths.sum()):,} tokens; "

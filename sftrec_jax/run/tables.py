@@ -10,6 +10,7 @@ from rich.table import Table
 
 from sftrec_jax.data.dataset import Dataset
 from sftrec_jax.decode.recommender import Ranking
+from sftrec_jax.distributed import is_main
 from sftrec_jax.errors import UserError
 from sftrec_jax.evaluate.comparison import BASELINES
 
@@ -75,8 +76,10 @@ def check_frame_path(path: Path) -> None:
 
 
 def write_frame(path: Path, frame: pl.DataFrame) -> None:
-    """Parquet or JSON lines by the ending of `path`, atomically."""
+    """Parquet or JSON lines by the ending of `path`, atomically; of several processes the first alone writes."""
     check_frame_path(path)
+    if not is_main():
+        return
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         frame.write_parquet(temporary) if path.suffix == ".parquet" else frame.write_ndjson(temporary)

@@ -4,6 +4,7 @@ import functools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple, Protocol, runtime_checkable
 
 import grain
@@ -156,14 +157,16 @@ class BatchPlan:
             positions=self.rows_per_step * self.config.row_length,
         )
 
-    def batch(self, step: int) -> PackedBatch:
-        """Arrays [A, B, ...] of one optimizer step (counted from 0)."""
-        c = self.config
-        flat = self.parts.pack(self._rows_of(step), c.row_length, self.targets_per_row)
-        stacked = {n: v.reshape(c.accumulate, c.batch_rows, -1) for n, v in vars(flat).items()}
+    def batch(self, step: int, own: np.ndarray | None = None) -> PackedBatch:
+        """Arrays [A, B, ...] of one optimizer step (counted from 0); of each pass only the rows `own`, where that is given."""
+        c, rows = self.config, self._rows_of(step)
+        if own is not None:
+            rows = [rows[at * c.batch_rows + row] for at in range(c.accumulate) for row in own.tolist()]
+        flat = self.parts.pack(rows, c.row_length, self.targets_per_row)
+        stacked = {n: v.reshape(c.accumulate, len(rows) // c.accumulate, -1) for n, v in vars(flat).items()}
         return PackedBatch(**stacked)
 
-    def iterate(self, first_step: int) -> Iterator[PackedBatch]:
-        """Batches from `first_step` to the end, made ahead by a background thread."""
-        dataset = grain.MapDataset.range(first_step, self.steps).map(self.batch)
+    def iterate(self, first_step: int, own: np.ndarray | None = None) -> Iterator[PackedBatch]:
+        """Batches from `first_step` to the end, made ahead by a background thread. `own`: see `batch`."""
+        dataset = grain.MapDataset.range(first_step, self.steps).map(partial(self.batch, own=own))
         return iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)))

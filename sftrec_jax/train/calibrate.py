@@ -43,5 +43,5 @@ def calibrate(decoder: Decoder, batch: PackedBatch, new: int | None = None) -> f
     new = rows[...].shape[0] if new is None else new
     shift = row_shift(*nnx.split(decoder), batch, new)
     length = jnp.linalg.norm(rows[:new], axis=1).mean()
-    rows.set_value(jax.device_put(rows[...].at[:new].add(shift), rows[...].sharding))
+    rows.set_value(jax.jit(lambda rows, shift: rows.at[:new].add(shift), out_shardings=rows[...].sharding)(rows[...], shift))
     return float(jnp.linalg.norm(shift) / length)

@@ -9,21 +9,7 @@ import jax.numpy as jnp
 
 from sftrec_jax.model.adapters import AdapterSpec
 from sftrec_jax.model.architecture import Architecture
-
-DATA_SHEET = {
-    "TPU v4": 275e12,
-    "TPU v5 lite": 197e12,
-    "TPU v5e": 197e12,
-    "TPU v5": 459e12,
-    "TPU v5p": 459e12,
-    "TPU v6 lite": 918e12,
-    "TPU v6e": 918e12,
-    "NVIDIA A100-SXM4-40GB": 312e12,
-    "NVIDIA A100-SXM4-80GB": 312e12,
-    "NVIDIA H100 80GB HBM3": 989e12,
-}
-"""Dense bfloat16 FLOP/s of one device by JAX's `device_kind`: Cloud TPU documentation (system architecture), NVIDIA's data
-sheets of A100 and H100 SXM (half of what they give with sparsity)."""
+from sftrec_jax.model.chips import CHIPS
 
 MEASURE_S = 0.5
 """Seconds of products when the peak is measured,"""
@@ -92,6 +78,17 @@ def step_flops(
     return StepFlops(layers, lora, attention, head)
 
 
+def forward_flops(arch: Architecture, adapters: AdapterSpec | None, tokens: int | float, pairs: int | float) -> float:
+    """What the layers' matrix products of a forward pass need: what a step computes again where layers are not kept."""
+    d, wide, narrow = arch.hidden_size, arch.heads * arch.head_dim, arch.kv_heads * arch.head_dim
+    sizes = {"q_proj": (d, wide), "k_proj": (d, narrow), "v_proj": (d, narrow), "o_proj": (wide, d)}
+    sizes |= {"gate_proj": (d, arch.ffw_size), "up_proj": (d, arch.ffw_size), "down_proj": (arch.ffw_size, d)}
+    products = sum(2 * i * o for i, o in sizes.values())
+    if adapters is not None:
+        products += sum(2 * adapters.mean_rank(name) * sum(sizes[name]) for name in adapters.targets)
+    return float(arch.layers * (products * tokens + 4 * wide * pairs))
+
+
 def _layer(arch: Architecture, adapters: AdapterSpec | None, method: str, flows: bool) -> tuple[float, float, int, bool]:
     """FLOPs of one layer for kernels and adapters a token, for attention a pair; whether its output has a gradient.
 
@@ -126,12 +123,12 @@ def _layer(arch: Architecture, adapters: AdapterSpec | None, method: str, flows:
 def peak_flops(dtype: Any) -> tuple[float, str]:
     """FLOP/s of the default device at its best, and how it was got: "data sheet" or "measured matmul".
 
-    bfloat16 on a device in `DATA_SHEET`: the vendor's number. Otherwise the fastest of the square products of `dtype`, at JAX's
+    bfloat16 on a device in `CHIPS`: the vendor's number. Otherwise the fastest of the square products of `dtype`, at JAX's
     default precision, that fit into half a second (at least three).
     """
     device = jax.devices()[0]
-    if jnp.dtype(dtype) == jnp.bfloat16 and device.device_kind in DATA_SHEET:
-        return DATA_SHEET[device.device_kind], "data sheet"
+    if jnp.dtype(dtype) == jnp.bfloat16 and device.device_kind in CHIPS:
+        return CHIPS[device.device_kind].flops, "data sheet"
     size = CPU_SIZE if device.platform == "cpu" else DEVICE_SIZE
     values = jax.random.normal(jax.random.key(0), (size, size), dtype)
     product = jax.jit(jnp.matmul)

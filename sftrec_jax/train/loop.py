@@ -21,7 +21,7 @@ from sftrec_jax.train.checkpoint import BEST_METRIC, Checkpoints
 from sftrec_jax.train.meter import Meter
 from sftrec_jax.train.metrics import JsonLines, TrainProgress
 from sftrec_jax.train.optimizer import is_rows, learning_rates, make_optimizer, rows_only_steps
-from sftrec_jax.train.step import TrainState, init_state, make_train_step, shard_batches
+from sftrec_jax.train.step import TrainState, init_state, make_train_step, own_rows, shard_batches
 
 Validate = Callable[[dict[str, jax.Array]], dict[str, float]]
 
@@ -103,14 +103,16 @@ def train(
     # Closed on any way out, so that a run that stops half-way leaves whole checkpoints.
     with closing(checkpoints), closing(records), TrainProgress(steps, first) as progress:
         pending: tuple[int, Any, float] | None = None
-        batches = plan.iterate(first)
+        rows = config.batch_rows
+        own = own_rows(mesh, rows)
+        batches = plan.iterate(first, own)
         noted = time.monotonic()
         for step in range(first + 1, steps + 1):
             step_fn = step_rows if step <= rows_until else step_all
             asked = time.monotonic()
             batch = next(batches)
             waited = time.monotonic() - asked
-            state, metrics = step_fn(state, frozen, shard_batches(batch, mesh))
+            state, metrics = step_fn(state, frozen, shard_batches(batch, mesh, rows, own))
             if pending:  # the numbers of a step are fetched after the next one has been launched
                 noted = note(*pending, noted, progress)
             pending = (step, metrics, waited)

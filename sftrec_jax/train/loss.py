@@ -14,6 +14,8 @@ from jaxtyping import Array, Float, Int
 
 from sftrec_jax.data.segments import PackedBatch
 from sftrec_jax.model.decoder import Decoder
+from sftrec_jax.model.mesh import platform_of
+from sftrec_jax.model.sharding import laid_out, ways
 
 CHUNK_LOGITS = {"cpu": 1 << 24}
 """Float32 logits held at once, by backend and device."""
@@ -30,8 +32,9 @@ def target_loss(decoder: Decoder, batch: PackedBatch, dropout_key: Array | None 
     """
     hidden = decoder.packed_hidden(batch, dropout_key)
     at_targets = jnp.take_along_axis(hidden, batch.target_positions[:, :, None], axis=1)
-    devices = 1 if decoder.mesh is None else decoder.mesh.shape["data"] * decoder.mesh.shape["fsdp"]
-    logits = CHUNK_LOGITS.get(jax.default_backend(), ELSE_LOGITS) * devices
+    devices = 1 if decoder.mesh is None else ways(decoder.mesh, "batch")
+    at_targets = laid_out(at_targets, decoder.mesh, "batch", None, None)
+    logits = CHUNK_LOGITS.get(platform_of(decoder.mesh), ELSE_LOGITS) * devices
     return weighted_cross_entropy(decoder, at_targets, jnp.asarray(batch.labels), jnp.asarray(batch.weights), logits)
 
 

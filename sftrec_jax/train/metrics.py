@@ -9,6 +9,7 @@ from typing import Any
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from sftrec_jax.console import console
+from sftrec_jax.distributed import is_main
 
 
 class JsonLines:
@@ -19,19 +20,23 @@ class JsonLines:
         if keep_until is not None and path.exists():
             lines = path.read_text(encoding="utf-8").splitlines()
             kept = "".join(f"{line}\n" for line in lines if line.endswith("}") and json.loads(line)["step"] <= keep_until)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}")
-        temporary.write_text(kept, encoding="utf-8")
-        os.replace(temporary, path)
-        self._file = path.open("a", encoding="utf-8")
+        self._file = None
+        if is_main():
+            temporary = path.with_name(f".{path.name}.{os.getpid()}")
+            temporary.write_text(kept, encoding="utf-8")
+            os.replace(temporary, path)
+            self._file = path.open("a", encoding="utf-8")
 
     def write(self, record: dict[str, Any]) -> None:
         """One line; visible to readers at once."""
-        self._file.write(json.dumps(record) + "\n")
-        self._file.flush()
+        if self._file is not None:
+            self._file.write(json.dumps(record) + "\n")
+            self._file.flush()
 
     def close(self) -> None:
         """Closes the file."""
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
 
 
 class TrainProgress:

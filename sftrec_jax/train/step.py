@@ -1,17 +1,20 @@
 """One pure training step: (trained variables, optimizer state) and a stack of packed batches in, new state and metrics out."""
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import fields
 from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from sftrec_jax.data.segments import PackedBatch
+from sftrec_jax.distributed import place
 from sftrec_jax.errors import UserError
-from sftrec_jax.model.sharding import BATCH, with_arrays
+from sftrec_jax.model.sharding import spec_of, ways, with_arrays
 from sftrec_jax.train.loss import target_loss
 
 
@@ -25,15 +28,24 @@ class TrainState(NamedTuple):
 
 def init_state(trained: dict[str, jax.Array], optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
     """Step 0; the optimizer's moments lie where their parameters lie, its scalars on every device."""
+    shardings = jax.tree.map(lambda x: x.sharding, abstract_state(trained, optimizer, mesh))
+    moments = jax.jit(optimizer.init, out_shardings=shardings.optimizer)(trained)
+    return TrainState(place(np.zeros((), np.int32), shardings.step), trained, moments)
+
+
+def abstract_state(trained: Mapping[str, Any], optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
+    """Shapes, types and shardings of the state whose trained arrays are `trained`, or are of those shapes and shardings."""
     everywhere = NamedSharding(mesh, PartitionSpec())
 
-    def sharding(path: tuple[Any, ...], _: Any) -> Any:
-        name = getattr(path[-1], "key", None)
-        return trained[name].sharding if name in trained else everywhere
+    def placed(path: tuple[Any, ...], x: Any) -> Any:
+        name = str(getattr(path[-1], "key", ""))
+        sharding = trained[name].sharding if name in trained else everywhere
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
 
-    shapes = jax.eval_shape(optimizer.init, trained)
-    moments = jax.jit(optimizer.init, out_shardings=jax.tree_util.tree_map_with_path(sharding, shapes))(trained)
-    return TrainState(jax.device_put(jnp.zeros((), jnp.int32), everywhere), trained, moments)
+    named = {name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding) for name, x in trained.items()}
+    moments = jax.tree_util.tree_map_with_path(placed, jax.eval_shape(optimizer.init, named))
+    step: Any = jax.ShapeDtypeStruct((), jnp.int32, sharding=everywhere)
+    return TrainState(step, cast(dict[str, jax.Array], named), moments)
 
 
 def make_train_step(
@@ -93,15 +105,48 @@ def make_train_step(
         }
         return TrainState(state.step + 1, trained, optimizer_state), metrics
 
-    return jax.jit(step, donate_argnums=0, out_shardings=(jax.tree.map(lambda x: x.sharding, like), None))
+    return jax.jit(step, donate_argnums=0, out_shardings=(jax.tree.map(lambda x: x.sharding, like), like.step.sharding))
 
 
-def shard_batches(batches: PackedBatch, mesh: Mesh) -> PackedBatch:
-    """Places arrays [A, B, ...] with axis 1 divided over the mesh axes data and fsdp."""
-    ways = mesh.shape["data"] * mesh.shape["fsdp"]
-    rows = batches.tokens.shape[1]
-    if rows % ways:
+def own_rows(mesh: Mesh, rows: int) -> np.ndarray | None:
+    """Which of the rows of a batch this process needs, int64 ascending; None for all."""
+    if jax.process_count() == 1:
+        return None
+    parts = NamedSharding(mesh, spec_of("batch")).addressable_devices_indices_map((rows,)).values()
+    return np.unique(np.concatenate([np.arange(rows)[index] for index in parts if index is not None]))
+
+
+def shard_batches(batches: PackedBatch, mesh: Mesh, rows: int | None = None, own: np.ndarray | None = None) -> PackedBatch:
+    """Places arrays [A, B, ...] with rows divided over the mesh axes data and fsdp, and their tokens over context.
+
+    `rows` and `own`: B, and those of them that `batches` holds, where a process has its own alone.
+    """
+    count: int = batches.tokens.shape[1] if rows is None else rows
+    parts = ways(mesh, "batch")
+    if count % parts:
         raise UserError(
-            f"train.batch_rows is {rows}, which data x fsdp = {ways} devices cannot divide; use {-(-rows // ways) * ways}"
+            f"train.batch_rows is {count}, which data x fsdp = {parts} devices cannot divide; use {-(-count // parts) * parts}"
         )
-    return jax.device_put(batches, NamedSharding(mesh, PartitionSpec(None, *BATCH)))
+    if own is None:
+        return jax.device_put(batches, batch_shardings(mesh))
+    at = np.full(count, -1)
+    at[own] = np.arange(len(own))
+
+    def put(values: np.ndarray, sharding: NamedSharding) -> jax.Array:
+        shape = (values.shape[0], count, values.shape[2])
+
+        def part(index: Any) -> np.ndarray:
+            passes, some, last = index
+            return values[passes][:, at[some]][..., last]
+
+        return jax.make_array_from_callback(shape, sharding, part)
+
+    return jax.tree.map(put, batches, batch_shardings(mesh))
+
+
+def batch_shardings(mesh: Mesh) -> Any:
+    """A PackedBatch of shardings, of arrays [A, B, T] and [A, B, K]."""
+    tokens, targets = (NamedSharding(mesh, spec_of(None, "batch", last)) for last in ("length", None))
+    by_target = ("target_positions", "labels", "weights")
+    shardings: dict[str, Any] = {f.name: targets if f.name in by_target else tokens for f in fields(PackedBatch)}
+    return PackedBatch(**shardings)
