@@ -17,7 +17,10 @@ and runs `sftrec run CONFIG --out DIR`: prepare, train, evaluate, export.
   --resume                go on with the run in DIR (an unfinished one is gone on with in any case)
   --overwrite             remove the run in DIR first
   --dry-run               print the commands instead of running them
+  --install-only          make the virtual environment and run nothing
   --SECTION.FIELD VALUE   change any field of the config, such as --train.epochs 2 (`--help-config` lists them)
+
+Several hosts: launch/tpu_vm.sh, launch/gke.sh, launch/slurm.sh, launch/processes.sh.
 
   SFTREC_DEVICE=tpu|cuda|cpu   instead of what is found
   SFTREC_VENV=DIR              the virtual environment (default: .venv of this checkout)
@@ -25,7 +28,7 @@ and runs `sftrec run CONFIG --out DIR`: prepare, train, evaluate, export.
 TEXT
 }
 
-CONFIG="" OUT="" STARTED=0 LISTS=0 OVERRIDDEN=0
+CONFIG="" OUT="" STARTED=0 LISTS=0 OVERRIDDEN=0 INSTALL_ONLY=0
 PASSED=()
 while [[ $# -gt 0 ]]; do
     case "$1" in
@@ -34,6 +37,7 @@ while [[ $# -gt 0 ]]; do
             exit 0
             ;;
         --dry-run) DRY_RUN=1 ;;
+        --install-only) INSTALL_ONLY=1 ;;
         --out)
             OUT="${2:-}"
             [[ -n "$OUT" ]] || { echo "error: --out needs a folder, as in --out runs/mine" >&2 && exit 2; }
@@ -75,8 +79,10 @@ OUT="${OUT:-runs/${NAME%.*}}"
 find_device
 say "device: $DEVICE${SFTREC_DEVICE:+ (as SFTREC_DEVICE says)}"
 install "run-$DEVICE" -e "$ROOT${EXTRA:+[$EXTRA]}"
+[[ "$INSTALL_ONLY" == 0 ]] || exit 0
 
-if [[ "$STARTED" == 0 && "$LISTS" == 0 && -f "$OUT/config.yaml" && ! -f "$OUT/metrics.json" ]]; then
+# Of several processes each would look for itself, and might find what another has just begun.
+if [[ "$STARTED" == 0 && "$LISTS" == 0 && -z "${SFTREC_DISTRIBUTED:-}${SFTREC_COORDINATOR:-}" && -f "$OUT/config.yaml" && ! -f "$OUT/metrics.json" ]]; then
     say "run: $OUT was not finished; going on with it (--overwrite starts again)"
     PASSED+=(--resume)
 fi
