@@ -86,7 +86,9 @@ def check_widths(exact: Exact, runs: Runs, done: list[int]) -> None:
     assert set(exact.widths.tolist()) <= set(widths)
 
 
-@pytest.mark.parametrize(("name", "beam", "k"), [("fixed", 5, 1), ("variable with new rows", 6, 2)])
+@pytest.mark.parametrize(
+    ("name", "beam", "k"), [("fixed", 5, 1), pytest.param("variable with new rows", 6, 2, marks=pytest.mark.slow)]
+)
 def test_missed_items_are_those_that_the_beam_lost(name: str, beam: int, k: int, monkeypatch: pytest.MonkeyPatch) -> None:
     decode, scores = made(name, beam)
     runs, done = Runs(decode, monkeypatch), list[int]()

@@ -74,7 +74,7 @@ def case_of(base: Path, kind: Quantisation, lora: LoraConfig) -> Any:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("dora", [False, True])
+@pytest.mark.parametrize("dora", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_logits_and_gradients_are_those_of_the_same_values_dense(kind: Quantisation, dora: bool, tmp_path: Path) -> None:
     base = save_llama(tmp_path / "base", kv_heads=2, tied=True, vocab=512)
     lora = LoraConfig(r=3, alpha=5.0, use_dora=dora, targets=("q_proj", "up_proj"))
@@ -124,6 +124,7 @@ def test_kernels_take_their_bits_and_half_a_bit_of_scales(kind: Quantisation, bi
     assert held / sum(array.size for array in kernels.values()) == pytest.approx(bits, abs=0.001)
 
 
+@pytest.mark.slow
 def test_a_run_over_a_base_of_four_bits(tmp_path: Path) -> None:
     """Trains, evaluates, exports and recommends; the loss falls."""
     config, run = write_inputs(tmp_path), tmp_path / "run"

@@ -38,7 +38,7 @@ def temporary_bytes(decoder: Decoder, rows: int) -> int:
     return gradient.lower(trained, batch).compile().memory_analysis().temp_size_in_bytes
 
 
-@pytest.mark.parametrize("targets", ["all-linear", pytest.param(("q_proj", "v_proj"), marks=pytest.mark.slow)])
+@pytest.mark.parametrize("targets", [pytest.param("all-linear", marks=pytest.mark.slow), ("q_proj", "v_proj")])
 def test_the_estimate_is_near_what_xla_allocates(tmp_path: Path, targets: str | tuple[str, ...]) -> None:
     """The difference of eight rows and four, so that what does not grow with rows drops out."""
     folder = save_llama(tmp_path / "base", 2, True, 512)

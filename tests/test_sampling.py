@@ -73,7 +73,9 @@ def pairs(q: np.ndarray) -> np.ndarray:
     return np.where(np.eye(len(q), dtype=bool), 0.0, both)
 
 
-@pytest.mark.parametrize("name", ["forced", "ragged", pytest.param("long", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "name", ["forced", pytest.param("ragged", marks=pytest.mark.slow), pytest.param("long", marks=pytest.mark.slow)]
+)
 def test_draws_have_the_distribution_of_sampling_without_replacement(name: str) -> None:
     """Also: all items are drawn in the end, with the model's log-probabilities; a narrow beam draws the same ones first."""
     name, rows = f"tiny {name}", TINY[name]
