@@ -235,6 +235,34 @@ class PromptConfig:
 
 
 @dataclass(frozen=True)
+class TasksConfig:
+    """What is trained, and how often an epoch sees each example: 1 once, 0.5 half of them, 2 each twice, 0 never."""
+
+    sequential: float = 1.0
+    """The next item of a history, as `prompt` says: what recommending asks for."""
+    title_to_item: float = 0.0
+    """An item's tokens from its title,"""
+    item_to_title: float = 0.0
+    """and its title from its tokens."""
+    text_to_item: float = 0.0
+    """An item's tokens from what `data.text_columns` say of it,"""
+    item_to_text: float = 0.0
+    """and that from its tokens, cut at `items.max_title_tokens`."""
+    titles_to_item: float = 0.0
+    """The next item's tokens after a history in titles,"""
+    items_to_title: float = 0.0
+    """and the next item's title after a history in item tokens."""
+    templates: str | None = None
+    """Folder with Jinja templates such as `title_to_item.j2` in place of the built-in ones."""
+
+    def __post_init__(self) -> None:
+        weights = {name: value for name, value in vars(self).items() if name != "templates"}
+        for name, value in weights.items():
+            _require(value >= 0 and math.isfinite(value), f"tasks.{name} is {value}; use a weight of 0 or more")
+        _require(sum(weights.values()) > 0, "tasks: every weight is 0, so nothing would be trained; set tasks.sequential to 1")
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     """The base model and the numeric types."""
 
@@ -447,13 +475,14 @@ class EvaluateConfig:
 
 @dataclass(frozen=True)
 class RunConfig:
-    """A run: data, items, item vectors, semantic ids, prompt, model, adapters, training, mesh, decoding, evaluation."""
+    """A run: data, items, item vectors, semantic ids, prompt, tasks, model, adapters, training, mesh, decoding, evaluation."""
 
     data: DataConfig = field(default_factory=DataConfig)
     items: ItemsConfig = field(default_factory=ItemsConfig)
     embedding: EmbeddingConfig = field(default_factory=EmbeddingConfig)
     semantic: SemanticConfig = field(default_factory=SemanticConfig)
     prompt: PromptConfig = field(default_factory=PromptConfig)
+    tasks: TasksConfig = field(default_factory=TasksConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)
     train: TrainConfig = field(default_factory=TrainConfig)

@@ -23,6 +23,7 @@ PATH_FIELDS = {
     "embedding": ("file", "sentence_model"),
     "model": ("base", "tokenizer"),
     "lora": ("start",),
+    "tasks": ("templates",),
 }
 
 

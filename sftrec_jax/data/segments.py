@@ -39,6 +39,15 @@ class PackedBatch:
     weights: np.ndarray
     """float32 [B, K]"""
 
+    @classmethod
+    def empty(cls, rows: int, row_length: int, targets_per_row: int) -> "PackedBatch":
+        """Rows of padding."""
+        shape, target_shape = (rows, row_length), (rows, targets_per_row)
+        tokens, positions, segments, branches = (np.zeros(shape, np.int32) for _ in range(4))
+        target_positions, labels = (np.zeros(target_shape, np.int32) for _ in range(2))
+        forks, weights = np.ones(shape, np.int32), np.zeros(target_shape, np.float32)
+        return cls(tokens, positions, segments, branches, forks, target_positions, labels, weights)
+
 
 @dataclass(frozen=True, eq=False)
 class Example:
@@ -203,12 +212,7 @@ class Segments:
                 f"row {b} needs {used[0][b]:.0f} tokens, {used[1][b]:.0f} targets; it has {row_length}, {targets_per_row}"
             )
         number = np.arange(len(chosen)) - starts[:-1][row] + 1
-        shape, target_shape = (len(rows), row_length), (len(rows), targets_per_row)
-        tokens, positions, segments, branches = (np.zeros(shape, np.int32) for _ in range(4))
-        target_positions, labels = (np.zeros(target_shape, np.int32) for _ in range(2))
-        weights = np.zeros(target_shape, np.float32)
-        forks = np.ones(shape, np.int32)
-        out = PackedBatch(tokens, positions, segments, branches, forks, target_positions, labels, weights)
+        out = PackedBatch.empty(len(rows), row_length, targets_per_row)
         self._write(chosen, row * row_length + at, row * targets_per_row + target_at, number, at, out)
         return out
 

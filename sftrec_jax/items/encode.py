@@ -65,6 +65,10 @@ class TitleEncoder:
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
 
+    def texts(self, texts: Sequence[str]) -> list[list[int]]:
+        """One list of ids a text, line breaks and all."""
+        return [e.ids for e in self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)]
+
     def __call__(self, titles: Sequence[str]) -> list[list[int]]:
         """One list of ids a title, line breaks read as spaces; empty for white space or where the tokenizer finds nothing."""
         ids = []

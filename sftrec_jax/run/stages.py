@@ -10,9 +10,11 @@ import numpy as np
 from flax import nnx
 from jax.sharding import NamedSharding
 
-from sftrec_jax.config import TrainConfig
+from sftrec_jax.config import RunConfig, TrainConfig
 from sftrec_jax.console import console
+from sftrec_jax.data.mixture import Mixture
 from sftrec_jax.data.segments import Segments
+from sftrec_jax.data.tasks import make_tasks
 from sftrec_jax.distributed import place
 from sftrec_jax.errors import UserError
 from sftrec_jax.evaluate.uncertainty import draw
@@ -31,7 +33,7 @@ from sftrec_jax.model.sharding import BATCH, with_arrays
 from sftrec_jax.run.evaluation import Asked, list_metrics
 from sftrec_jax.run.export_catalogue import write_catalogue
 from sftrec_jax.run.session import Session, describe_devices, recommender
-from sftrec_jax.train.batches import BatchPlan
+from sftrec_jax.train.batches import BatchPlan, Packable
 from sftrec_jax.train.calibrate import calibrate
 from sftrec_jax.train.loop import TrainResult, train
 from sftrec_jax.train.meter import Meter
@@ -53,8 +55,9 @@ def train_stage(session: Session, resume: bool) -> TrainResult:
     """Trains and leaves `checkpoints/` and `metrics.jsonl`."""
     config = session.config
     segments, sharing = training_segments(session)
-    counts = session.prompts.counts
-    plan = BatchPlan(segments, t := config.train)
+    counts = session.prompts.counts.copy()
+    examples, tasks = with_tasks(session, segments)
+    plan = BatchPlan(examples, t := config.train)
     decoder = session.base_decoder()
     start = config.lora.start if t.method == "lora" else None
     if start is not None:
@@ -72,10 +75,12 @@ def train_stage(session: Session, resume: bool) -> TrainResult:
     console.print(f"attention: {attention_path(t.row_length, build.arch.head_dim, dtype, platform_of(session.mesh))[1]}")
     console.print(f"parameters: {_size(trained):,} trained of {_size(trained) + _size(frozen):,} ({t.method})")
     console.print(
-        f"examples: {counts['examples']:,} with {int(plan.targets.sum()):,} target tokens in {int(plan.lengths.sum()):,} tokens; "
-        f"{sharing}, {segments.lengths_apart.sum() / plan.lengths.sum():.2f} times as many tokens one by one"
+        f"examples: {counts['examples']:,} with {int(segments.targets.sum()):,} target tokens in {int(segments.lengths.sum()):,} "
+        f"tokens; {sharing}, {segments.lengths_apart.sum() / segments.lengths.sum():.2f} times as many tokens one by one"
     )
-    console.print(f"rows: {_fit(segments, plan)}")
+    for line in tasks:
+        console.print(line)
+    console.print(f"rows: {_fit(examples, plan)}")
     if cut := counts["examples_cut_to_context"]:
         short = t.row_length < build.arch.context
         console.print(
@@ -132,13 +137,35 @@ def training_segments(session: Session) -> tuple[Segments, str]:
     return made, said
 
 
-def _fit(segments: Segments, plan: BatchPlan) -> str:
+def with_tasks(session: Session, segments: Segments) -> tuple[Packable, list[str]]:
+    """The examples of all tasks, and a line on each beside the first; `segments` are those of `sequential`."""
+    config = session.config
+    context = min(session.build.arch.context, config.train.row_length)
+    tasks = make_tasks(config, session.dataset, session.codes, session.tokenizer, context)
+    if not tasks and config.tasks.sequential == 1:
+        return segments, []
+    apart = not _shares(config)
+    parts = [t.examples.apart() if apart and isinstance(t.examples, Segments) else t.examples for t in tasks]
+    said = [f"task sequential: weight {config.tasks.sequential:g}"] if config.tasks.sequential != 1 else []
+    for task, part in zip(tasks, parts, strict=True):
+        sizes = f"{int(part.target_items.sum()):,} examples, {int(part.lengths.sum()):,} tokens"
+        line = f"task {task.name}: weight {task.weight:g}, {sizes}"
+        said.append(line + (f"; {task.left_out:,} items lack it" if task.left_out else ""))
+    return Mixture((segments, *parts), (config.tasks.sequential, *(t.weight for t in tasks))), said
+
+
+def _shares(config: RunConfig) -> bool:
+    setting = config.train.share_prefixes
+    return setting == "on" or (setting == "auto" and not config.lora.dropout)
+
+
+def _fit(examples: Packable, plan: BatchPlan) -> str:
     """How well segments fill rows, and which length of rows would do better."""
-    config, more, whole = plan.config, int(plan.lengths.sum()), int(segments.lengths.sum())
+    config, more, whole = plan.config, int(plan.lengths.sum()), int(examples.lengths.sum())
     said = f"rows of {config.row_length}, {plan.efficiency():.1%} of positions used"
     if more > whole:
         said += f", {more / whole - 1:.1%} more tokens since segments longer than a row are divided"
-    if better := better_row_length(segments, config):
+    if isinstance(examples, Segments) and (better := better_row_length(examples, config)):
         said += f" (train.row_length {better[0]}: {1 - better[1]:.0%} fewer positions an epoch)"
     return said
 

@@ -11,6 +11,7 @@ import grain
 import numpy as np
 
 from sftrec_jax.config import TrainConfig
+from sftrec_jax.data.mixture import Mixture
 from sftrec_jax.data.plan import Plan, plan_epoch
 from sftrec_jax.data.segments import PackedBatch
 from sftrec_jax.errors import UserError
@@ -114,7 +115,11 @@ class BatchPlan:
     @functools.lru_cache(maxsize=2)  # noqa: B019
     def _plan(self, targets_per_row: int, epoch: int) -> Plan:
         c, parts = self.config, self._parts(targets_per_row)
-        return plan_epoch(parts.lengths, parts.targets, c.row_length, targets_per_row, c.seed, epoch)
+        if not isinstance(parts, Mixture):
+            return plan_epoch(parts.lengths, parts.targets, c.row_length, targets_per_row, c.seed, epoch)
+        some = parts.chosen(c.seed, epoch)
+        made = plan_epoch(parts.lengths[some], parts.targets[some], c.row_length, targets_per_row, c.seed, epoch)
+        return Plan(some[made.order], made.starts)
 
     def rows(self, epoch: int) -> Plan:
         """Rows (arrays of indices of `parts`) of an epoch."""
@@ -133,7 +138,8 @@ class BatchPlan:
 
     def efficiency(self) -> float:
         """Share of row positions of the first epoch that are not padding."""
-        return float(self.lengths.sum()) / (len(self.rows(0)) * self.config.row_length)
+        rows = self.rows(0)
+        return float(self.lengths[rows.order].sum()) / (len(rows) * self.config.row_length)
 
     @functools.lru_cache(maxsize=8)  # noqa: B019
     def _first_row(self, epoch: int) -> int:
