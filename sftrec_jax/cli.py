@@ -143,6 +143,22 @@ def _baselines(args: argparse.Namespace, extra: Sequence[str], argv: Sequence[st
     baselines_stage(config, args.tie_seeds, args.to, args.overwrite)
 
 
+def _inspect(args: argparse.Namespace, extra: Sequence[str], argv: Sequence[str]) -> None:
+    from sftrec_jax.overrides import configure, show_config
+
+    if args.help_config:
+        show_config()
+    if args.config is not None and args.config.is_dir():
+        if extra:
+            raise UserError(f"unknown option {extra[0]}; a run is shown as it was prepared, or name its config")
+        where = args.config
+    else:
+        where = configure(args.config, extra)
+    from sftrec_jax.run.inspect import inspect_stage
+
+    inspect_stage(where, args.rows, args.step)
+
+
 def _compile(args: argparse.Namespace, extra: Sequence[str], argv: Sequence[str]) -> int:
     from sftrec_jax.overrides import configure, show_config
 
@@ -150,6 +166,8 @@ def _compile(args: argparse.Namespace, extra: Sequence[str], argv: Sequence[str]
         show_config()
     from sftrec_jax.compile.topology import pretend
 
+    if args.topology is None:
+        raise UserError("name a slice with --topology, such as v5e:4x4; see sftrec compile --help")
     pretend(args.topology)  # before jax is imported
     config = configure(args.config, extra)
     from sftrec_jax.compile.stage import compile_stage
@@ -171,7 +189,7 @@ def _join(verb: str) -> None:
 
 def _check_extra(verb: str, extra: Sequence[str]) -> None:
     """UserError for options that neither the verb nor the part of the config that it may change has."""
-    if verb in ("run", "prepare", "baselines", "compile"):
+    if verb in ("run", "prepare", "baselines", "inspect", "compile"):
         return  # with the config, which knows all fields
     sections = ("--decode.", "--evaluate.") if verb in ("evaluate", "recommend") else ()
     for at, word in enumerate(extra):
@@ -318,6 +336,7 @@ VERBS = {
     "add-items": _add_items,
     "baselines": _baselines,
     "compile": _compile,
+    "inspect": _inspect,
     "export": _export,
     "reproduce": _reproduce,
     "verify-results": _verify_results,

@@ -19,6 +19,7 @@ EXAMPLES = {
     "export": "sftrec export runs/quick --to exported --format merged",
     "reproduce": "sftrec reproduce quick; to publish: sftrec reproduce quick --publish --seeds 0 1 2",
     "verify-results": "sftrec verify-results docs/results/quick.json --readme README.md",
+    "inspect": "sftrec inspect configs/quick.yaml --rows 2; of a run: sftrec inspect runs/quick --step 10",
     "compile": "sftrec compile configs/qwen3_8b_lora.yaml --topology v5e:4x4",
     "add-items": "sftrec add-items runs/beauty --catalogue new.jsonl",
     "recommend": 'sftrec recommend runs/quick --history "Toy Story (1995); Heat (1995)"',
@@ -133,8 +134,11 @@ def make_parser() -> argparse.ArgumentParser:
     )
     export.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="type of merged weights")
     export.add_argument("--overwrite", action="store_true", help="replace an earlier export in PATH")
+    look = verb("inspect", "Show what is trained on: packed rows, decoded, and counts.", config=True, folder=False)
+    look.add_argument("--rows", type=int, default=1, metavar="N", help="rows to show (default 1)")
+    look.add_argument("--step", type=int, default=1, metavar="S", help="of this optimizer step (default 1)")
     ahead = verb("compile", "Compile training and search for a TPU slice that need not be there.", config=True, folder=False)
-    ahead.add_argument("--topology", metavar="SLICE", required=True, help="kind and shape, such as v5e:4x4 or v5p:4x4x4")
+    ahead.add_argument("--topology", metavar="SLICE", help="kind and shape, such as v5e:4x4 or v5p:4x4x4")
     ahead.add_argument("--items", type=int, metavar="N", help="items of the catalogue (default: those of the config's data)")
     ahead.add_argument("--targets-per-row", type=int, metavar="K", help="default: row_length of a stream, an eighth of prompts")
     ahead.add_argument("--only", choices=("train", "search"), help="compile one of the two programs")
