@@ -54,7 +54,7 @@ def measure(kind: str, steps: int, folder: Path) -> dict[str, Any]:
         train=TrainConfig(row_length=512, batch_rows=1, learning_rate=1e-3, max_steps=1000, epochs=1.0),
     )
     session = prepare(RunFolder(folder / kind), config)
-    plan = BatchPlan(training_segments(session)[0], config.train)
+    plan = BatchPlan(training_segments(session)[0][0], config.train)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     decoder = session.base_decoder()
     arrays = named_arrays(nnx.split(decoder)[1])

@@ -113,13 +113,14 @@ def data_point(examples: int) -> tuple[float, float]:
     lengths = rng.integers(8, 41, examples // 23 + 1)
     items = rng.integers(0, ITEMS, lengths.sum()).astype(np.int32)
     titles = [rng.integers(10, 9000, n).astype(np.int32) for n in rng.integers(4, 13, ITEMS)]
+    written = [np.append(title, 9).astype(np.int32) for title in titles]
     codes = np.full((ITEMS, 13), -1, np.int32)
     for row, title in zip(codes, titles, strict=True):
         row[: len(title) + 1] = [*title, 9]
     begin = time.perf_counter()
     nothing = np.zeros(0, np.int32)
-    pieces = Pieces.of(np.asarray([1], np.int32), np.asarray([9], np.int32), nothing, titles, codes)
-    sums = np.concatenate([[0], np.cumsum(np.diff(pieces.texts)[items] + 1)])
+    pieces = Pieces.of([np.asarray([1], np.int32)], nothing, written, codes)
+    sums = np.concatenate([[0], np.cumsum(np.diff(pieces.texts)[items])])
     edges = np.concatenate([[0], np.cumsum(lengths)])
     histories = Windows(edges[:-1], edges[:-1] + 1, edges[1:])
     segments = Segments(items, with_history(sums, histories, 50, PLAN_ROW - 14, 1), pieces)

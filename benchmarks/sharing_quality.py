@@ -77,7 +77,7 @@ def measure(base: RunConfig, variant: tuple[bool, float, int], seed: int, epochs
     """Trains one variant with one seed."""
     shared, times, stride = variant
     session = prepare(RunFolder(folder), configured(base, shared, times, stride, seed, epochs))
-    segments, _ = stages.training_segments(session)
+    segments = stages.training_segments(session)[0][0]
     rows = rows_for(segments, session.config.train, times * EXAMPLES)
     train = dataclasses.replace(session.config.train, batch_rows=rows)
     session = dataclasses.replace(session, config=dataclasses.replace(session.config, train=train))

@@ -27,7 +27,7 @@ import platform
 import statistics
 import tempfile
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -169,7 +169,7 @@ class OurSide:
         """Nats a target token over the first `count` segments; before any `epoch`."""
         length, targets = self.plan.config.row_length, self.plan.targets_per_row
         windows = Windows(*(x[:count] for x in vars(self.segments.windows).values()))
-        parts = Segments(self.segments.items, windows, self.segments.pieces).within(length, targets)
+        parts = replace(self.segments, windows=windows).within(length, targets)
         loss = jax.jit(lambda t, batch: target_loss(nnx.merge(self.graphdef, t, self.frozen), batch))
         rows = [parts.pack([np.asarray([i])], length, targets) for i in range(len(parts))]
         return sum(float(loss(self.trained, row)) for row in rows) / sum(float(row.weights.sum()) for row in rows)

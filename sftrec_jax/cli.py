@@ -236,7 +236,7 @@ def _add_items(args: argparse.Namespace, extra: Sequence[str], argv: Sequence[st
 def _recommend(args: argparse.Namespace, extra: Sequence[str], argv: Sequence[str]) -> None:
     from sftrec_jax.console import console
     from sftrec_jax.items.titles import TitleIndex
-    from sftrec_jax.run.recommend import allowed_items, file_histories, recommend, user_history
+    from sftrec_jax.run.recommend import allowed_items, file_histories, recommend, typed_profile, user_history
     from sftrec_jax.run.tables import check_frame_path, write_frame
 
     _check_together(args)
@@ -253,21 +253,26 @@ def _recommend(args: argparse.Namespace, extra: Sequence[str], argv: Sequence[st
         raise UserError(f"nobody to recommend to; give --user, --history or --file, as in: {EXAMPLES['recommend']}")
     k = 10 if args.k is None else args.k
     session = _session(args.run, extra, max(1, k))
-    names, histories = [], []
+    names, histories, told = [], [], []
     for user in args.user:
+        history, more = user_history(session, user)
         names.append(user)
-        histories.append(user_history(session, user))
+        histories.append(history)
+        told.append(more)
+    if args.profile and not args.history:
+        raise UserError("--profile goes with --history; users of the run and rows of a file have their own")
     if args.history:
+        profile = typed_profile(session, args.profile)
         index = TitleIndex(session.codes.titles, session.dataset.item_ids)
         for number, text in enumerate(args.history, start=1):
             names.append(f"history {number}")
             histories.append(_as_items(index.split(text)))
+            told.append(profile)
     if args.file:
-        more_names, more = file_histories(session, args.file)
-        names += more_names
-        histories += more
+        for every, more in zip((names, histories, told), file_histories(session, args.file), strict=True):
+            every += more
     allowed = allowed_items(session, args.only, args.without)
-    frame = recommend(session, names, histories, k, args.keep_seen, allowed)
+    frame = recommend(session, names, histories, k, args.keep_seen, allowed, told)
     if args.to:
         write_frame(args.to, frame)
         console.print(f"wrote {frame.height:,} rows to {args.to}")
@@ -283,7 +288,7 @@ def _recommend(args: argparse.Namespace, extra: Sequence[str], argv: Sequence[st
 
 def _check_together(args: argparse.Namespace) -> None:
     """UserError for an option of `recommend` that says nothing beside `--preferences`, or without it."""
-    lists = ("user", "history", "file", "only", "without", "k", "keep_seen", "to", "json")
+    lists = ("user", "history", "profile", "file", "only", "without", "k", "keep_seen", "to", "json")
     pairs = ("users", "negatives", "seed")
     if args.to and args.json:
         raise UserError("--to and --json: choose one; --to writes .jsonl as well")

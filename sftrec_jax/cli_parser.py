@@ -87,6 +87,9 @@ def make_parser() -> argparse.ArgumentParser:
         "--history", action="append", default=[], metavar="ITEMS", help="titles or item ids, oldest first, with `;` between them"
     )
     recommend.add_argument(
+        "--profile", action="append", default=[], metavar="FIELD=TEXT", help="what is known of the user of --history (repeatable)"
+    )
+    recommend.add_argument(
         "--file", type=Path, metavar="FILE", help=".jsonl or .parquet with a column `history`, or .txt with a line a user"
     )
     recommend.add_argument("--k", type=int, help="items a user (default 10); a narrower beam is widened to it")

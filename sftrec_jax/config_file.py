@@ -23,7 +23,10 @@ PATH_FIELDS = {
     "embedding": ("file", "sentence_model"),
     "model": ("base", "tokenizer"),
     "lora": ("start",),
+    "profile": ("source", "tags", "filler"),
+    "prompt": ("templates",),
     "tasks": ("templates",),
+    "evaluate": ("templates",),
 }
 
 
@@ -120,18 +123,26 @@ def resolve_paths(config: RunConfig, folder: Path) -> RunConfig:
         part = getattr(config, section)
         for name in names:
             value = getattr(part, name)
-            if value is not None and expand(value) != value:
-                path = Path(expand(value))
-                check_present(path)
-                part = dataclasses.replace(part, **{name: str(path.absolute())})
-                continue
-            if value is None or value.startswith("tfds:") and not value.startswith(("tfds:.", "tfds:/")):
-                continue
-            scheme, rest = ("tfds:", value[5:]) if value.startswith("tfds:") else ("", value)
-            if rest.startswith(("./", "../")) or (folder / rest).exists():
-                part = dataclasses.replace(part, **{name: scheme + str((folder / rest).resolve())})
+            found = tuple(_resolved(v, folder) for v in value) if isinstance(value, tuple) else _resolved(value, folder)
+            if found != value:
+                part = dataclasses.replace(part, **{name: found})
         config = dataclasses.replace(config, **{section: part})
     return config
+
+
+def _resolved(value: str | None, folder: Path) -> str | None:
+    if value is None:
+        return None
+    if expand(value) != value:
+        path = Path(expand(value))
+        check_present(path)
+        return str(path.absolute())
+    if value.startswith("tfds:") and not value.startswith(("tfds:.", "tfds:/")):
+        return value
+    scheme, rest = ("tfds:", value[5:]) if value.startswith("tfds:") else ("", value)
+    if rest.startswith(("./", "../")) or (folder / rest).exists():
+        return scheme + str((folder / rest).resolve())
+    return value
 
 
 def to_dict(config: RunConfig) -> dict[str, Any]:

@@ -179,7 +179,7 @@ def test_save_and_load(tmp_path: Path) -> None:
     names = {"interactions.parquet", "users.parquet", "catalogue.parquet", "dataset.json"}
     assert {p.name for p in (tmp_path / "out").iterdir()} == names
     stored = pl.read_parquet(tmp_path / "out" / "interactions.parquet")
-    assert stored.columns == ["user", "item", "timestamp", "position"]
+    assert stored.columns == ["user", "item", "timestamp", "position", "rating"]
     assert stored["position"].to_list() == list(range(30)) * 6
 
 

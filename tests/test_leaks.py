@@ -17,6 +17,7 @@ from sftrec_jax.data.dataset import Dataset, ItemText
 from sftrec_jax.data.prepare import prepare_dataset
 from sftrec_jax.data.prompts import PromptBuilder, prompt_builder
 from sftrec_jax.data.segments import Example
+from sftrec_jax.data.told import NOTHING, Told
 from sftrec_jax.evaluate import leaks
 from sftrec_jax.evaluate.leaks import Finding, HeldOut
 from sftrec_jax.items.codes import ItemCodes
@@ -165,9 +166,9 @@ def test_a_prompt_with_the_answer(base: Callable) -> None:
     }
 
     class Cheat(PromptBuilder):
-        def prompt(self, history: np.ndarray) -> np.ndarray:
+        def prompt(self, history: np.ndarray, told: Told = NOTHING) -> np.ndarray:
             code = self.codes.codes[answers[history.tobytes()]]
-            return np.concatenate([super().prompt(history), code[code >= 0]])
+            return np.concatenate([super().prompt(history, told), code[code >= 0]])
 
     tokenizer = base()
     codes = numeric_codes(np.arange(600), titles(600), tokenizer)

@@ -144,7 +144,7 @@ def test_stream_begins_with_eos_where_there_is_no_bos() -> None:
     tokenizer.bos_token = None
     builder: PromptBuilder = prompt_builder(PromptConfig("stream"), codes, tokenizer, 100)
     assert builder.prompt(as_array([])).tolist() == [tokenizer.eos_token_id]
-    assert prompt_builder(PromptConfig("instruct"), codes, tokenizer, 100).bos.tolist() == []
+    assert prompt_builder(PromptConfig("instruct", prefix=""), codes, tokenizer, 100).beginning.tolist() == []
     tokenizer.eos_token = None
     with pytest.raises(UserError, match="neither BOS nor EOS"):
         prompt_builder(PromptConfig("stream"), codes, tokenizer, 100)

@@ -14,12 +14,13 @@ from sftrec_jax.run.recommend import file_histories
 SESSION: Any = SimpleNamespace(
     codes=SimpleNamespace(titles=np.array(["Heat (1995)", "Her; or Him", "Up"], object)),
     dataset=SimpleNamespace(item_ids=np.array(["6", "20", "31"], object)),
+    prompts=SimpleNamespace(writer=SimpleNamespace(profile=("age",))),
 )
 
 
 def read(path: Path, rows: list[dict[str, Any]]) -> tuple[list[str], list[list[int]]]:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    names, histories = file_histories(SESSION, path)
+    names, histories, _ = file_histories(SESSION, path)
     return names, [h.tolist() for h in histories]
 
 
@@ -37,3 +38,21 @@ def test_titles_may_hold_semicolons_and_ids_mix_with_titles(tmp_path: Path) -> N
 def test_other_cells_are_refused_with_their_row(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"row 2: history is 5; write a list"):
         read(tmp_path / "h.jsonl", [{"history": None}, {"history": 5}])
+
+
+def test_what_else_is_told_comes_with_the_row(tmp_path: Path) -> None:
+    rows = [
+        {"history": ["6", "Up"], "ratings": [4, 2.5], "timestamps": [60, 7260], "age": "40", "city": "Rome"},
+        {"history": ["Up"], "ratings": None, "timestamps": None, "age": None, "city": None},
+    ]
+    path = tmp_path / "h.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    one, two = file_histories(SESSION, path)[2]
+    assert one.ratings is not None and one.gaps is not None and one.times is not None
+    assert one.ratings.tolist() == [4, 2.5] and one.gaps.tolist() == [-1, 7200] and one.times.tolist() == [60, 7260]
+    assert one.profile == {"age": "40"} and two.ratings is None and two.gaps is None and two.profile == {}
+    for name in ("ratings", "timestamps"):
+        for value in ([1], ["x", "y"], 3):
+            path.write_text(json.dumps({"history": ["6", "Up"], name: value}) + "\n", encoding="utf-8")
+            with pytest.raises(UserError, match=f"row 1: {name} is .*; write a list of 2 numbers"):
+                file_histories(SESSION, path)

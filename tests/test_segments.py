@@ -1,20 +1,21 @@
 """Segments of packed rows against prompts written one by one in plain Python: what every target sees, and how rows are cut."""
 
 import functools
-from collections import Counter
 from typing import Literal
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from packed_reference import one_by_one, seen
 from tiny_tokenizers import byte_level
 from tiny_training import pack_rows
 
 from sftrec_jax.config import PromptConfig
 from sftrec_jax.data.prompts import PromptBuilder, prompt_builder
-from sftrec_jax.data.segments import PackedBatch, Segments
+from sftrec_jax.data.segments import Segments
 from sftrec_jax.data.windows import Windows
+from sftrec_jax.data.writers import PlainWriter
 from sftrec_jax.items.naming import atomic_codes, numeric_codes, title_codes
 
 TITLES = np.asarray(["Toy Story (1995)", "Heat (1995)", "War of the Worlds (2005)", "the quick brown fox", "Toy", "Heat"], object)
@@ -49,14 +50,16 @@ def title_tokens() -> list[list[int]]:
 
 def expected(made: PromptBuilder, history: list[int], begin: int) -> list[tuple[list[int], list[int]]]:
     """(prompt, answer) of each target, by the rules of PromptConfig in a plain loop."""
+    writer = made.writer
+    assert isinstance(writer, PlainWriter)
 
     def answer(item: int) -> list[int]:
         return [t for t in made.codes.codes[item].tolist() if t >= 0]
 
     def shown(item: int) -> list[int]:
-        return (answer(item) if made.history == "tokens" else title_tokens()[item]) + made.separator.tolist()
+        return (answer(item) if writer.shown == "tokens" else title_tokens()[item]) + writer.separator.tolist()
 
-    head, suffix = [*made.bos.tolist(), *made.prefix.tolist()], made.suffix.tolist()
+    head, suffix = made.beginning.tolist(), made.suffix.tolist()
     room = made.context - len(head) - len(suffix) - made.codes.codes.shape[1]
     kept = made.max_history + 1 - made.stride
     first = max(begin, 1 if made.windows == "all" else max(1, len(history) - made.max_history))
@@ -73,27 +76,6 @@ def expected(made: PromptBuilder, history: list[int], begin: int) -> list[tuple[
         prompt = head + [t for i in history[start:p] for t in shown(i)] + suffix
         found.append((prompt, answer(history[p])))
     return found
-
-
-def seen(batch: PackedBatch) -> Counter[tuple[tuple[int, ...], int]]:
-    """Of each label the tokens, in order of position, that the hidden state which predicts it may see."""
-    tree = (batch.segments, batch.branches, batch.positions, batch.forks)
-    found: Counter[tuple[tuple[int, ...], int]] = Counter()
-    for b, k in zip(*np.nonzero(batch.weights), strict=True):
-        at = batch.target_positions[b, k]
-        segment, branch, position, fork = (x[b] for x in tree)
-        on_trunk = (branch == 0) & (position < fork[at])
-        on_branch = (branch == branch[at]) & (position <= position[at])
-        keys = np.flatnonzero((segment == segment[at]) & (on_trunk | on_branch))
-        assert keys.max() <= batch.target_positions[b, k]  # no key behind its query: kernels rely on it
-        keys = keys[np.argsort(batch.positions[b, keys], kind="stable")]
-        assert batch.positions[b, keys].tolist() == list(range(len(keys)))
-        found[tuple(batch.tokens[b, keys].tolist()), int(batch.labels[b, k])] += 1
-    return found
-
-
-def one_by_one(made: list[tuple[list[int], list[int]]]) -> Counter[tuple[tuple[int, ...], int]]:
-    return Counter((tuple(prompt + answer[:t]), label) for prompt, answer in made for t, label in enumerate(answer))
 
 
 HISTORIES = st.lists(st.lists(st.integers(0, 5), min_size=1, max_size=9), min_size=1, max_size=4)

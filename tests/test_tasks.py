@@ -77,7 +77,8 @@ def words(answer: str) -> str:
 def test_pairs_say_what_their_templates_say(dataset: Dataset) -> None:
     made = Made(dataset, TasksConfig(title_to_item=1.0, item_to_title=0.5, text_to_item=2.0, item_to_text=1.0))
     assert [(t.name, t.weight, len(t.examples), t.left_out) for t in made.tasks] == [
-        ("title_to_item", 1.0, 4, 0), ("item_to_title", 0.5, 4, 0), ("text_to_item", 2.0, 3, 1), ("item_to_text", 1.0, 3, 1),
+        ("title_to_item", 1.0, 4, ""), ("item_to_title", 0.5, 4, ""),
+        ("text_to_item", 2.0, 3, "1 items lack it"), ("item_to_text", 1.0, 3, "1 items lack it"),
     ]  # fmt: skip
     names = [made.tokenizer.decode([i]) for i in made.codes.codes[:, 0]]
     to_item, to_title, text_to_item, item_to_text = (made.texts(t) for t in made.tasks)
@@ -128,7 +129,7 @@ def test_a_template_of_ones_own(dataset: Dataset, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "wrong"),
     [
-        ("{{ titel }}", "there is no field 'titel'; a template of this task has title"),
+        ("{{ titel }}", "there is no field 'titel'; it has title"),
         ("{{ title ", "line 1: "),
         ("{% for x in ().__class__.__bases__[0].__subclasses__() %}{{ x }}{% endfor %}", "SecurityError"),
         ("{{ title.__init__.__globals__ }}", "SecurityError"),
@@ -139,7 +140,7 @@ def test_a_template_of_ones_own(dataset: Dataset, tmp_path: Path) -> None:
 def test_a_template_that_cannot_be(text: str, wrong: str, tmp_path: Path) -> None:
     (tmp_path / "t.j2").write_text(text, encoding="utf-8")
     with pytest.raises(UserError) as raised:
-        PromptTemplate(tmp_path / "t.j2", ("title",)).pieces({"title": "x"})
+        PromptTemplate(tmp_path / "t.j2", ("title",)).render({"title": "x"})
     assert str(raised.value).startswith(f"{tmp_path / 't.j2'}") and wrong in str(raised.value)
     assert "\n" not in str(raised.value)
 

@@ -25,6 +25,8 @@ class Catalogue:
     """Text [n_items], what `data.text_columns` say of the item; "" for one of which they say nothing."""
     keyphrases: pl.Series
     """Text [n_items]; "" for an item without one."""
+    fields: dict[str, pl.Series]
+    """By column, text [n_items]: each of `data.text_columns`; "" where it is empty."""
     missing_titles: int
     """Items without a title; their id stands in for it."""
     where: str
@@ -62,6 +64,7 @@ def read_catalogue(path: Path, config: DataConfig) -> Catalogue:
         titles.zip_with(~empty, ids).rename("title"),
         texts.fill_null("").rename("text"),
         keyphrases.cast(pl.String).fill_null("").rename("keyphrase"),
+        {name: parts[f"text_{i}"].fill_null("") for i, name in enumerate(config.text_columns)},
         int(empty.sum()),
         str(path),
     )
@@ -71,7 +74,7 @@ def catalogue_of_log(items: pl.Series, where: str) -> Catalogue:
     """The items that a log holds, sorted by id, each id its own title."""
     ids = items.unique().sort().rename("item")
     nothing = pl.Series([""] * ids.len(), dtype=pl.String)
-    return Catalogue(ids, ids.rename("title"), nothing.rename("text"), nothing.rename("keyphrase"), 0, where)
+    return Catalogue(ids, ids.rename("title"), nothing.rename("text"), nothing.rename("keyphrase"), {}, 0, where)
 
 
 def kept(values: pl.Series, keep: np.ndarray) -> np.ndarray:

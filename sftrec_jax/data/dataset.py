@@ -5,6 +5,7 @@ import io
 import json
 import os
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import numpy as np
 import polars as pl
 from polars.exceptions import PolarsError
 
+from sftrec_jax.data.told import Many, Told
 from sftrec_jax.data.windows import Windows
 from sftrec_jax.errors import UserError
 
@@ -28,6 +30,8 @@ class ItemText:
     """Text (object) [n_items]; "" for an item without one."""
     rows: np.ndarray
     """int64 [n_items], place in the catalogue as it was read, from 0."""
+    fields: dict[str, np.ndarray] = field(default_factory=dict)
+    """By column, text (object) [n_items]: each of `data.text_columns` by itself."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,6 +63,12 @@ class Dataset:
     train_begin: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
     """int64 [U], position of the first training target; the items before it are its context alone, told of in other rows
     (0 but for data that come as examples)."""
+    ratings: np.ndarray | None = None
+    """float32 [N]; None where `data.rating_column` is not set."""
+    remarks: dict[str, np.ndarray] = field(default_factory=dict)
+    """Text (object) [N] by name (review, summary, explanation), where `data` names their columns."""
+    profiles: dict[str, np.ndarray] = field(default_factory=dict)
+    """What is known of users, text (object) [U] by name; "" where nothing is."""
 
     def __post_init__(self) -> None:
         if not len(self.train_begin):
@@ -88,6 +98,42 @@ class Dataset:
         position = np.arange(len(self.items)) - np.repeat(self.offsets[:-1], np.diff(self.offsets))
         return not np.array_equal(self.timestamps, position)
 
+    @property
+    def item_fields(self) -> dict[str, np.ndarray]:
+        """What templates may say of items: text (object) [n_items] by column."""
+        return {} if self.text is None else self.text.fields
+
+    @property
+    def interaction_fields(self) -> tuple[str, ...]:
+        """What templates may say of interactions."""
+        rated = () if self.ratings is None else ("rating",)
+        return (*rated, *(("gap", "date") if self.timed and not self.given else ()), *self.remarks)
+
+    @cached_property
+    def _all_told(self) -> Told:
+        gaps = np.diff(self.timestamps, prepend=0)
+        gaps[self.offsets[:-1][np.diff(self.offsets) > 0]] = -1
+        times = self.timestamps if "date" in self.interaction_fields else None
+        return Told(self.ratings, times, None if times is None else gaps, self.remarks)
+
+    def told(self, user: int, end: int | None = None) -> Told:
+        """What is told of the first `end` interactions of the user with this index (None: all), and of the user."""
+        begin = int(self.offsets[user])
+        here = slice(begin, int(self.offsets[user + 1]) if end is None else begin + end)
+        every = self._all_told
+        ratings, times, gaps = (None if x is None else x[here] for x in (every.ratings, every.times, every.gaps))
+        return Told(ratings, times, gaps, {n: v[here] for n, v in every.texts.items()}, self.profile(user))
+
+    def profile(self, user: int) -> dict[str, str]:
+        """What is known of the user with this index."""
+        return {name: str(values[user]) for name, values in self.profiles.items()}
+
+    @property
+    def told_in_training(self) -> Many:
+        """What is told of all histories of `training`."""
+        some = np.flatnonzero(self.train_end > self.train_begin).tolist()
+        return Many(self._all_told, [self.profile(user) for user in some] if self.profiles else None)
+
     def history(self, user: int) -> np.ndarray:
         """All items of the user with this index, int32 [n], oldest first."""
         return self.items[self.offsets[user] : self.offsets[user + 1]]
@@ -109,6 +155,8 @@ class Dataset:
                     "item": pl.Series(self.items, dtype=pl.Int32),
                     "timestamp": pl.Series(self.timestamps, dtype=pl.Int64),
                     "position": pl.Series(position, dtype=pl.Int32),
+                    **({} if self.ratings is None else {"rating": pl.Series(self.ratings, dtype=pl.Float32)}),
+                    **{f"remark:{n}": pl.Series(v.tolist(), dtype=pl.String) for n, v in self.remarks.items()},
                 }
             ),
             "users.parquet": pl.DataFrame(
@@ -118,6 +166,7 @@ class Dataset:
                     "train_end": self.train_end,
                     "valid_position": self.valid_position,
                     "test_position": self.test_position,
+                    **{f"profile:{n}": pl.Series(v.tolist(), dtype=pl.String) for n, v in self.profiles.items()},
                 }
             ),
             "catalogue.parquet": self._catalogue(),
@@ -143,8 +192,10 @@ class Dataset:
                 "text": text.texts.tolist(),
                 "keyphrase": text.keyphrases.tolist(),
                 "row": text.rows.tolist(),
+                **{f"field:{name}": values.tolist() for name, values in text.fields.items()},
             },
-            schema={"item_id": pl.String, "title": pl.String, "text": pl.String, "keyphrase": pl.String, "row": pl.Int64},
+            schema={"item_id": pl.String, "title": pl.String, "text": pl.String, "keyphrase": pl.String, "row": pl.Int64}
+            | {f"field:{name}": pl.String for name in text.fields},
         )
 
     @classmethod
@@ -172,14 +223,27 @@ class Dataset:
             valid_position=users["valid_position"].to_numpy(),
             test_position=users["test_position"].to_numpy(),
             report=report,
-            text=ItemText(_texts(catalogue["text"]), _texts(catalogue["keyphrase"]), catalogue["row"].to_numpy()),
+            text=ItemText(
+                _texts(catalogue["text"]),
+                _texts(catalogue["keyphrase"]),
+                catalogue["row"].to_numpy(),
+                _named(catalogue, "field"),
+            ),
             # Data prepared before there were examples as a source lack the column.
             train_begin=users["train_begin"].to_numpy() if "train_begin" in users.columns else np.zeros(users.height, np.int64),
+            ratings=interactions["rating"].to_numpy() if "rating" in interactions.columns else None,
+            remarks=_named(interactions, "remark"),
+            profiles=_named(users, "profile"),
         )
 
 
 def _texts(values: pl.Series) -> np.ndarray:
     return np.array(values.to_list(), dtype=object)
+
+
+def _named(frame: pl.DataFrame, kind: str) -> dict[str, np.ndarray]:
+    """Texts of the columns `KIND:NAME`, by name."""
+    return {name.split(":", 1)[1]: _texts(frame[name]) for name in frame.columns if name.startswith(f"{kind}:")}
 
 
 def _read(path: Path) -> bytes:

@@ -8,12 +8,13 @@ from typing import Any
 import numpy as np
 import polars as pl
 
-from sftrec_jax.config import DataConfig
+from sftrec_jax.config import DataConfig, ProfileConfig
 from sftrec_jax.data.catalogue import Catalogue, catalogue_of_log, item_indices, kept, read_catalogue
-from sftrec_jax.data.columns import ratings, text_ids, times
+from sftrec_jax.data.columns import as_words, ratings, text_ids, times
 from sftrec_jax.data.dataset import Dataset, ItemText
 from sftrec_jax.data.examples import PARTS, read_examples
 from sftrec_jax.data.histories import drop_duplicates, k_core, text_hashes, tied_in_file_order, tied_share, time_order
+from sftrec_jax.data.profiles import make_profiles
 from sftrec_jax.data.readers import TABLE_EXTENSIONS, read_table, unknown_type
 from sftrec_jax.data.sequences import read_sequences
 from sftrec_jax.data.splits import Split, leave_one_out, temporal
@@ -25,12 +26,19 @@ from sftrec_jax.errors import UserError
 MOVIELENS = "movielens-latest-small"
 
 
-def prepare_dataset(config: DataConfig) -> Dataset:
-    """Reads log and catalogue, filters, orders and splits; UserError with file and row for what it cannot use."""
-    if config.source == MOVIELENS:
-        with importlib.resources.as_file(importlib.resources.files("sftrec_jax.data") / "movielens") as folder:
-            return _prepare(_movielens(config, folder), shown_source=MOVIELENS)
-    return _prepare(config, config.source) if config.history_column is None else _prepare_examples(config)
+def prepare_dataset(config: DataConfig, profile: ProfileConfig | None = None) -> Dataset:
+    """Reads log, catalogue and profiles, filters, orders and splits; UserError with file and row for what it cannot use."""
+    profile = ProfileConfig() if profile is None else profile
+    with importlib.resources.as_file(importlib.resources.files("sftrec_jax.data") / "movielens") as folder:
+        shown = config.source
+        if config.source == MOVIELENS:
+            config = _movielens(config, folder)
+        if profile.tags == MOVIELENS:
+            profile = dataclasses.replace(profile, tags=str(folder / "tags.csv.gz"))
+        dataset = _prepare(config, shown) if config.history_column is None else _prepare_examples(config)
+        fields, report = make_profiles(profile, config, dataset)
+    dataset.report.update(report)
+    return dataclasses.replace(dataset, profiles=fields)
 
 
 def _movielens(config: DataConfig, folder: Path) -> DataConfig:
@@ -82,6 +90,7 @@ def _prepare(config: DataConfig, shown_source: str) -> Dataset:
     report["tied_in_file_order_share"], report["tied_pairs"] = tied_in_file_order(log) if timed else (None, 0)
 
     items = log["item"].to_numpy()
+    remarks = [name for name in ("review", "summary", "explanation") if getattr(config, f"{name}_column") is not None]
     counts = np.bincount(items, minlength=catalogue.item_ids.len())
     keep = counts >= config.item_core
     item_ids, titles = kept(catalogue.item_ids, keep), kept(catalogue.titles, keep)
@@ -109,8 +118,15 @@ def _prepare(config: DataConfig, shown_source: str) -> Dataset:
         valid_position=split.valid_position,
         test_position=split.test_position,
         report=report,
-        text=ItemText(kept(catalogue.texts, keep), kept(catalogue.keyphrases, keep), np.flatnonzero(keep)),
+        text=_item_text(catalogue, keep),
+        ratings=log["rating"].to_numpy().astype(np.float32) if config.rating_column is not None else None,
+        remarks={name: np.array(log[name].to_list(), dtype=object) for name in remarks},
     )
+
+
+def _item_text(catalogue: Catalogue, keep: np.ndarray) -> ItemText:
+    fields = {name: kept(values, keep) for name, values in catalogue.fields.items()}
+    return ItemText(kept(catalogue.texts, keep), kept(catalogue.keyphrases, keep), np.flatnonzero(keep), fields)
 
 
 def _prepare_examples(config: DataConfig) -> Dataset:
@@ -142,7 +158,7 @@ def _prepare_examples(config: DataConfig) -> Dataset:
         valid_position=read.split.valid_position,
         test_position=read.split.test_position,
         report={},
-        text=ItemText(kept(catalogue.texts, everything), kept(catalogue.keyphrases, everything), np.arange(len(everything))),
+        text=_item_text(catalogue, everything),
         train_begin=read.train_begin,
     )
     trained = np.bincount(items[dataset.trains], minlength=len(everything)) > 0
@@ -175,6 +191,9 @@ def _read_log(config: DataConfig) -> Table:
         columns.append(Column("time", config.time_column, "data.time_column"))
     if config.rating_column is not None:
         columns.append(Column("rating", config.rating_column, "data.rating_column"))
+    for role in ("review", "summary", "explanation"):
+        name = getattr(config, f"{role}_column")
+        columns += [] if name is None else [Column(role, name, f"data.{role}_column")]
     if config.source.startswith("tfds:"):
         return read_tfds(config.source, columns)
     path = Path(config.source)
@@ -196,6 +215,9 @@ def _checked_log(table: Table, config: DataConfig, timed: bool) -> pl.DataFrame:
         log = log.hstack(times(table))
     else:
         log = log.with_columns(time=pl.int_range(pl.len(), dtype=pl.Int64), fraction=pl.lit(0, dtype=pl.Int64))
+    for role in ("review", "summary", "explanation"):
+        if role in table.frame.columns:
+            log = log.with_columns(as_words(table, role).fill_null("").alias(role))
     return log if config.rating_column is None else log.with_columns(rating=ratings(table))
 
 

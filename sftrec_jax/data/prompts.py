@@ -1,24 +1,21 @@
-"""Histories to tokens: the prompt that asks for the next item, and the training examples.
-
-Pieces (prefix, items, separators, suffix) are tokenised apart and joined, in training and inference alike, so a history
-is the same tokens whichever item follows it.
-"""
+"""Histories to tokens: the prompt that asks for the next item, and the training examples."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
 from sftrec_jax.config import PromptConfig
-from sftrec_jax.data.segments import Example, Pieces, Segments
+from sftrec_jax.data.dataset import Dataset
+from sftrec_jax.data.segments import Example, Heads, Pieces, Segments
+from sftrec_jax.data.told import NOTHING, Many, Told
 from sftrec_jax.data.windows import Windows, back_to_back, one_by_one, with_history
+from sftrec_jax.data.writers import Writer, make_writer
 from sftrec_jax.errors import UserError
 from sftrec_jax.items.codes import ItemCodes
-from sftrec_jax.items.encode import TitleEncoder, encode_apart
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -29,34 +26,32 @@ class PromptBuilder:
     """Writes histories in one format. Made by `prompt_builder`."""
 
     format: Literal["stream", "instruct"]
-    history: Literal["titles", "tokens"]
     windows: Literal["last", "all"]
     max_history: int
     stride: int
     context: int
     """Longest prompt with its answer, in tokens."""
-    bos: np.ndarray
-    """int32 [0 or 1]"""
-    prefix: np.ndarray
-    separator: np.ndarray
-    suffix: np.ndarray
+    writer: Writer
     codes: ItemCodes
-    encode: TitleEncoder
+    """Answers."""
     counts: Counter[str] = field(default_factory=Counter)
     """What was written and what was left out so far:
 
     `prompts`, `prompts_cut_to_context`, `items_cut_to_context` (dropped though within `max_history`);
     `examples`, `targets`, `examples_cut_to_context`, `training_items_left_out` (training items that are no target).
     """
-    _texts: dict[int, np.ndarray] = field(default_factory=dict, repr=False)
-    _pieces: list[Pieces] = field(default_factory=list, repr=False)
 
     @property
     def beginning(self) -> np.ndarray:
         """int32 tokens with which every prompt begins."""
-        return np.concatenate([self.bos, self.prefix])
+        return self.writer.beginning
 
-    def prompt(self, history: np.ndarray) -> np.ndarray:
+    @property
+    def suffix(self) -> np.ndarray:
+        """int32 tokens between history and target."""
+        return self.writer.after
+
+    def prompt(self, history: np.ndarray, told: Told = NOTHING) -> np.ndarray:
         """Tokens to feed for predicting the item after `history`.
 
         The newest `max_history` items are written; the oldest of them are dropped while the prompt and the longest item
@@ -64,17 +59,29 @@ class PromptBuilder:
 
         Args:
             history: int [h] item indices, oldest first; empty for a user without history.
+            told: what the source tells of them and of the user.
 
         Returns: int32 [n].
         Raises: UserError where not even the newest item fits.
         """
-        items, cut = self._fitting(history)
+        items = np.asarray(history)[max(0, len(history) - self.max_history) :]
+        runs = self.writer.runs(items, told.last(len(items)))
+        head = self.writer.head(told.profile)
+        lengths = np.asarray([len(run) for run in runs], np.int64) + self._longest_number
+        fit = int((np.cumsum(lengths[::-1]) + self._frame(head) <= self.context).sum())
+        if len(items) and fit == 0:
+            raise self._too_long(int(items[-1]))
+        cut = len(items) - fit
         self.counts["prompts"] += 1
         self.counts["prompts_cut_to_context"] += cut > 0
         self.counts["items_cut_to_context"] += cut
-        return self._write(items)
+        pieces = [head]
+        for place, run in enumerate(runs[cut:]):
+            pieces += [self.writer.numbers[place]] if self.writer.numbers else []
+            pieces.append(run)
+        return np.concatenate([*pieces, self.suffix])
 
-    def segments(self, items: np.ndarray, histories: Windows) -> Segments:
+    def segments(self, items: np.ndarray, histories: Windows, told: Many | None = None) -> Segments:
         """Training targets of many histories, those that are asked for with the same prompt's beginning in one segment.
 
         `stream`: a segment is a window of a history, every item in it a target. `instruct`: a target is a training item with a
@@ -84,13 +91,18 @@ class PromptBuilder:
         Args:
             items: int32 [N] item indices of all histories, one after the other, oldest first.
             histories: where the training part of each begins and ends in `items`; those before `first` are context and no target.
+            told: what the source tells of all interactions, and of the user of each history.
 
         Raises: UserError where a single item does not fit into the context.
         """
-        sums = np.concatenate([[0], np.cumsum(np.diff(self.pieces.texts)[items] + len(self.separator))])
+        told = Many(NOTHING) if told is None else told
+        entries, runs, owners = self.writer.table(items, told.told)
+        heads, head_of = self._heads(len(histories.begin), told)
+        pieces = Pieces.of(heads, self.suffix, runs, self.codes.codes, owners, self.writer.numbers)
+        sums = np.concatenate([[0], np.cumsum(np.diff(pieces.texts)[entries] + self._longest_number)])
         ends = histories.end
         if self.format == "stream":
-            room = self.context - len(self.bos) + 1  # the last token of a window is not fed
+            room = self.context - len(self.beginning) + 1  # the last token of a window is not fed
             windows = back_to_back(sums, histories, self.max_history, room, self.windows == "last")
             cut = (windows.end - windows.begin < self.max_history) & ~np.isin(windows.begin, histories.begin)
             too_long = windows.begin == windows.end
@@ -99,7 +111,8 @@ class PromptBuilder:
             last_only = ends - self.max_history if self.windows == "last" else histories.begin
             first = np.maximum(histories.first, np.maximum(histories.begin + 1, last_only))
             wanted = Windows(histories.begin, np.minimum(first, ends), ends)
-            windows = with_history(sums, wanted, self.max_history, self.context - self._frame(), self.stride)
+            rooms = self.context - np.asarray([self._frame(head) for head in heads], np.int64)[head_of]
+            windows = with_history(sums, wanted, self.max_history, rooms, self.stride)
             too_long = windows.begin == windows.first
             examples, item = int((windows.end - windows.first).sum()), windows.first - 1
             free = with_history(sums, wanted, self.max_history, int(sums[-1]) * self.max_history, self.stride)
@@ -107,7 +120,8 @@ class PromptBuilder:
             cut = np.zeros(0) if too_long.any() else one_by_one(windows).begin > one_by_one(free).begin
         if too_long.any():
             raise self._too_long(int(items[item[too_long.argmax()]]))
-        made = Segments(items, windows, self.pieces)
+        order = np.argsort(histories.begin, kind="stable")
+        made = Segments(items, windows, pieces, entries, Heads(histories.begin[order], head_of[order]))
         targets = int(made.target_items.sum())
         self.counts["examples"] += examples
         self.counts["targets"] += int(made.targets.sum())
@@ -123,22 +137,30 @@ class PromptBuilder:
         return (made if self.format == "stream" else made.apart()).examples()
 
     def written(self, item: int) -> np.ndarray:
-        """int32 tokens of an item in a history, with the separator after it."""
-        return np.concatenate([self._item(item), self.separator])
+        """int32 tokens of an item in a history of which nothing else is told, with what separates it from the next."""
+        return self.writer.runs(np.asarray([item]))[0]
 
     @property
-    def pieces(self) -> Pieces:
-        """What segments are written from; made once."""
-        if not self._pieces:
-            texts = None
-            if self.format == "instruct" and self.history == "titles":
-                texts = [np.asarray(t, np.int32) for t in self.encode([str(t) for t in self.codes.titles])]
-            self._pieces.append(Pieces.of(self.beginning, self.separator, self.suffix, texts, self.codes.codes))
-        return self._pieces[0]
+    def _longest_number(self) -> int:
+        return max((len(number) for number in self.writer.numbers), default=0)
 
-    def _frame(self) -> int:
+    def _heads(self, count: int, told: Many) -> tuple[list[np.ndarray], np.ndarray]:
+        """Different heads, and which of them each of so many histories has (int64)."""
+        numbers = np.zeros(count, np.int64)
+        if told.profiles is None:
+            return [self.writer.head({})], numbers
+        places: dict[bytes, int] = {}
+        heads: list[np.ndarray] = []
+        for history, profile in enumerate(told.profiles):
+            head = self.writer.head(profile)
+            if (place := places.setdefault(head.tobytes(), len(heads))) == len(heads):
+                heads.append(head)
+            numbers[history] = place
+        return heads, numbers
+
+    def _frame(self, head: np.ndarray) -> int:
         """Tokens of a worded prompt without any item, and of the longest answer."""
-        frame = len(self.bos) + len(self.prefix) + len(self.suffix) + self.codes.codes.shape[1]
+        frame = len(head) + len(self.suffix) + self.codes.codes.shape[1]
         if frame > self.context:
             raise UserError(
                 f"the prompt without any item and the answer take {frame} tokens but the context has {self.context} (the "
@@ -146,42 +168,6 @@ class PromptBuilder:
                 "prompt.suffix, or lower items.max_title_tokens"
             )
         return frame
-
-    def _fitting(self, history: np.ndarray) -> tuple[np.ndarray, int]:
-        history = np.asarray(history)
-        items = history[max(0, len(history) - self.max_history) :]
-        lengths = self._lengths(items) + len(self.separator)
-        frame = self._frame()
-        fit = self._newest_that_fit(lengths, frame)
-        if len(items) and fit == 0:
-            raise self._too_long(int(items[-1]))
-        return items[len(items) - fit :], len(items) - fit
-
-    def _newest_that_fit(self, lengths: np.ndarray, frame: int) -> int:
-        return int((np.cumsum(lengths[::-1]) + frame <= self.context).sum())
-
-    def _write(self, items: np.ndarray) -> np.ndarray:
-        pieces = [self.bos, self.prefix]
-        for item in items:
-            pieces.append(self.written(int(item)))
-        return np.concatenate([*pieces, self.suffix])
-
-    def _lengths(self, items: np.ndarray) -> np.ndarray:
-        return np.asarray([len(self._item(int(i))) for i in items], np.int64)
-
-    def _item(self, item: int) -> np.ndarray:
-        tokens = self._texts.get(item)
-        if tokens is None:
-            if self.format == "stream" or self.history == "tokens":
-                tokens = self._items(np.asarray([item]))
-            else:
-                tokens = np.asarray(self.encode([str(self.codes.titles[item])])[0], np.int32)
-            self._texts[item] = tokens
-        return tokens
-
-    def _items(self, items: np.ndarray) -> np.ndarray:
-        rows = self.codes.codes[items]
-        return rows[rows >= 0]
 
     def _too_long(self, item: int) -> UserError:
         return UserError(
@@ -191,7 +177,14 @@ class PromptBuilder:
         )
 
 
-def prompt_builder(config: PromptConfig, codes: ItemCodes, tokenizer: PreTrainedTokenizerBase, context: int) -> PromptBuilder:
+def prompt_builder(
+    config: PromptConfig,
+    codes: ItemCodes,
+    tokenizer: PreTrainedTokenizerBase,
+    context: int,
+    dataset: Dataset | None = None,
+    template: str | None = None,
+) -> PromptBuilder:
     """The builder of a run.
 
     Args:
@@ -199,28 +192,17 @@ def prompt_builder(config: PromptConfig, codes: ItemCodes, tokenizer: PreTrained
         codes: tokens of every item.
         tokenizer: fast tokenizer, with or without the item tokens.
         context: most tokens that the model may see, answer included.
+        dataset: what templates may name is what it has.
+        template: a file in place of `prompt.prefix`, `separator`, `suffix` and `history`.
 
-    Raises: UserError for a `stream` with a tokenizer that has neither BOS nor EOS to begin with.
+    Raises: UserError as `make_writer`.
     """
-    bos = tokenizer.bos_token_id
-    stream = config.format == "stream"
-    if stream and bos is None:
-        bos = tokenizer.eos_token_id
-        if bos is None:
-            raise UserError("the tokenizer has neither BOS nor EOS to begin a stream with; use prompt.format: instruct")
-    texts: Iterable[str] = ("", "", "") if stream else (config.prefix, config.separator, config.suffix)
-    prefix, separator, suffix = (np.asarray(encode_apart(tokenizer, [t])[0] if t else [], np.int32) for t in texts)
     return PromptBuilder(
         format=config.format,
-        history=config.history,
         windows=config.windows,
         max_history=config.max_history,
         stride=config.stride,
         context=context,
-        bos=np.asarray([] if bos is None else [bos], np.int32),
-        prefix=prefix,
-        separator=separator,
-        suffix=suffix,
+        writer=make_writer(config, codes, tokenizer, dataset, template),
         codes=codes,
-        encode=TitleEncoder(tokenizer, codes.new_tokens),
     )

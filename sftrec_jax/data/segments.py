@@ -5,8 +5,10 @@ itself. Where a target's tokens are those with which the trunk goes on, the trun
 tokens, at the very positions, that it would see alone.
 """
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -69,43 +71,65 @@ class Pieces:
 
     tokens: np.ndarray
     """int32 [P]"""
-    head: slice
-    """Where `tokens` has what stands before the first item,"""
-    separator: slice
-    """what follows each item,"""
+    heads: np.ndarray
+    """int64 [n_heads + 1]: what stands before the first item, tokens[heads[h]:heads[h + 1]], of one kind of user each."""
     suffix: slice
-    """and what stands between history and target."""
+    """Where `tokens` has what stands between history and target."""
     texts: np.ndarray
-    """int64 [n_items + 1]: item i as history is tokens[texts[i]:texts[i + 1]]."""
+    """int64 [n_runs + 1]: a run is what an item of a history is written as, tokens[texts[r]:texts[r + 1]]."""
     codes: np.ndarray
     """int64 [n_items + 1]: item i as target is tokens[codes[i]:codes[i + 1]]."""
     on_trunk: np.ndarray
-    """bool [n_items], whether history and target give the item the same tokens, but for the target's last, which is not fed."""
+    """bool [n_runs], whether history and target give the item the same tokens, but for the target's last, which is not fed."""
+    numbers: np.ndarray
+    """int64 [n + 1]: what stands before the first, second, ... item of a prompt, or [0] for nothing."""
 
     @classmethod
     def of(
-        cls, head: np.ndarray, separator: np.ndarray, suffix: np.ndarray, texts: list[np.ndarray] | None, codes: np.ndarray
+        cls,
+        heads: Sequence[np.ndarray],
+        suffix: np.ndarray,
+        texts: Sequence[np.ndarray] | None,
+        codes: np.ndarray,
+        owners: np.ndarray | None = None,
+        numbers: Sequence[np.ndarray] = (),
     ) -> "Pieces":
-        """From int32 arrays; `codes` [n_items, L] with -1 after the end. `texts` None: the history is written in codes, too."""
+        """From int32 arrays; `codes` [n_items, L] with -1 after the end.
+
+        Args:
+            texts: runs; None: run i is item i in codes.
+            owners: int64 [n_runs] item of each run; None: run i is of item i.
+        """
         code_lengths = (codes >= 0).sum(axis=1)
-        frame = [head, separator, suffix]
-        edges = np.cumsum([0, *map(len, frame)])
-        code_at = edges[3] + np.concatenate([[0], np.cumsum(code_lengths)])
-        runs = [*frame, codes[codes >= 0]]
+        head_at = np.cumsum([0, *map(len, heads)])
+        number_at = head_at[-1] + np.cumsum([0, *map(len, numbers)])
+        suffix_at = slice(int(number_at[-1]), int(number_at[-1]) + len(suffix))
+        code_at = suffix_at.stop + np.concatenate([[0], np.cumsum(code_lengths)])
+        runs = [*heads, *numbers, suffix, codes[codes >= 0]]
         if texts is None:
             text_at, same = code_at, np.ones(len(codes), bool)
         else:
-            text_at = code_at[-1] + np.concatenate([[0], np.cumsum([len(t) for t in texts])])
+            text_at = code_at[-1] + np.concatenate([[0], np.cumsum([len(t) for t in texts], dtype=np.int64)])
             runs += texts
-            fed = (code[: length - 1] for code, length in zip(codes, code_lengths, strict=True))
-            same = np.fromiter((_begins(t, f) for t, f in zip(texts, fed, strict=True)), bool, len(codes))
-        head_at, separator_at, suffix_at = (slice(int(a), int(b)) for a, b in zip(edges[:3], edges[1:4], strict=True))
+            own = range(len(codes)) if owners is None else owners.tolist()
+            fed = (codes[item, : code_lengths[item] - 1] for item in own)
+            same = np.fromiter((_begins(t, f) for t, f in zip(texts, fed, strict=True)), bool, len(texts))
         tokens = np.concatenate(runs).astype(np.int32)
-        return cls(tokens, head_at, separator_at, suffix_at, text_at, code_at, same & (len(suffix) == 0))
+        same &= len(suffix) == 0 and not numbers
+        return cls(tokens, head_at, suffix_at, text_at, code_at, same, number_at if numbers else np.zeros(1, np.int64))
 
 
 def _begins(text: np.ndarray, fed: np.ndarray) -> bool:
     return len(fed) <= len(text) and bool((text[: len(fed)] == fed).all())
+
+
+class Heads(NamedTuple):
+    """Which head each history has."""
+
+    begins: np.ndarray
+    """int64 [H], rising: where histories begin."""
+    numbers: np.ndarray
+    """int64 [H], index into `Pieces.heads`."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -116,18 +140,45 @@ class Segments:
     """int32 [N], all histories one after the other."""
     windows: Windows
     pieces: Pieces
+    entries: np.ndarray | None = None
+    """int64 [N], the run that each interaction is written as; None: run i for item i."""
+    heads: Heads | None = None
+    """None: all have the first."""
 
     def __len__(self) -> int:
         return len(self.windows)
 
+    @property
+    def _run_of(self) -> np.ndarray:
+        """int64 [N], the run that each interaction is written as."""
+        return self.items if self.entries is None else self.entries
+
     @cached_property
     def _sums(self) -> np.ndarray:
-        """int64 [3, N + 1]: tokens that the items before a position take on the trunk, as branches, and as labels."""
+        """int64 [3, N + 1]: tokens that the items before a position take on the trunk without numbers, as branches, and as
+        labels."""
         p = self.pieces
-        texts, codes = np.diff(p.texts)[self.items], np.diff(p.codes)[self.items]
-        branch = np.where(p.on_trunk[self.items], 0, _size(p.suffix) + codes - 1)
-        rows = np.stack([texts + _size(p.separator), branch, codes])
+        texts, codes = np.diff(p.texts)[self._run_of], np.diff(p.codes)[self.items]
+        branch = np.where(p.on_trunk[self._run_of], 0, _size(p.suffix) + codes - 1)
+        rows = np.stack([texts, branch, codes])
         return np.concatenate([np.zeros((3, 1), np.int64), np.cumsum(rows, axis=1)], axis=1)
+
+    @cached_property
+    def _numbered(self) -> np.ndarray:
+        """int64 [n + 1], tokens of the first so many numbers; zeros where there are none."""
+        p, longest = self.pieces, int((self.windows.end - self.windows.begin).max(initial=0))
+        return np.zeros(longest + 1, np.int64) if len(p.numbers) == 1 else p.numbers - p.numbers[0]
+
+    @cached_property
+    def _head(self) -> np.ndarray:
+        """int64 [n], the head of each segment."""
+        if self.heads is None:
+            return np.zeros(len(self), np.int64)
+        return self.heads.numbers[np.searchsorted(self.heads.begins, self.windows.begin, side="right") - 1]
+
+    @cached_property
+    def _head_lengths(self) -> np.ndarray:
+        return np.diff(self.pieces.heads)[self._head]
 
     @cached_property
     def _fed(self) -> np.ndarray:
@@ -138,7 +189,8 @@ class Segments:
     def _sizes(self) -> tuple[np.ndarray, np.ndarray, int]:
         (trunk, branch, labels), w = self._sums, self.windows
         last = w.end - 1
-        lengths = _size(self.pieces.head) + trunk[last] - trunk[w.begin] + branch[last] - branch[w.first] + self._fed[last]
+        lengths = self._head_lengths + trunk[last] - trunk[w.begin] + self._numbered[last - w.begin]
+        lengths += branch[last] - branch[w.first] + self._fed[last]
         some = np.unique(self.items[_runs(w.first, w.end)[1]])
         return lengths, labels[w.end] - labels[w.first], int(np.diff(self.pieces.codes)[some].max(initial=0))
 
@@ -165,10 +217,11 @@ class Segments:
     @cached_property
     def _apart(self) -> np.ndarray:
         trunk, w = self._sums[0], self.windows
-        before, fed = (np.concatenate([[0], np.cumsum(x)]) for x in (trunk[:-1], self._fed))
+        before, fed, numbered = (np.concatenate([[0], np.cumsum(x)]) for x in (trunk[:-1], self._fed, self._numbered))
         count = w.end - w.first
         own: np.ndarray = before[w.end] - before[w.first] + fed[w.end] - fed[w.first]
-        return own + count * (_size(self.pieces.head) - trunk[w.begin])
+        own += numbered[w.end - w.begin] - numbered[w.first - w.begin]
+        return own + count * (self._head_lengths - trunk[w.begin])
 
     @property
     def lengths_apart(self) -> np.ndarray:
@@ -180,14 +233,16 @@ class Segments:
         if (self.lengths <= tokens).all() and (self.targets <= targets).all():
             return self
         trunk, branch, labels = self._sums
+        # Numbers and heads count with the longest of each, so that a window's tokens are a sum over its items.
+        trunk = trunk + np.arange(len(trunk)) * int(np.diff(self._numbered).max(initial=0))
         # Of a window's tokens, this part rises with its end and depends on nothing else.
         need = np.concatenate([[0], trunk[:-1] + branch[:-1] + self._fed])
-        offset = np.stack([trunk - _size(self.pieces.head), branch])
-        return Segments(self.items, split(self.windows, need, offset, labels, tokens, targets), self.pieces)
+        offset = np.stack([trunk - int(self._head_lengths.max(initial=0)), branch])
+        return replace(self, windows=split(self.windows, need, offset, labels, tokens, targets))
 
     def apart(self) -> "Segments":
         """The same targets, each with a prompt of its own."""
-        return Segments(self.items, one_by_one(self.windows), self.pieces)
+        return replace(self, windows=one_by_one(self.windows))
 
     def pack(self, rows: list[np.ndarray], row_length: int, targets_per_row: int) -> PackedBatch:
         """The arrays of some rows.
@@ -234,7 +289,7 @@ class Segments:
         p = self.pieces
         trunk, branch, labels = self._sums
         begin, first, end = (x[chosen] for x in (self.windows.begin, self.windows.first, self.windows.end))
-        head, separator, suffix = _size(p.head), _size(p.separator), _size(p.suffix)
+        head, suffix, numbers = self._head_lengths[chosen], _size(p.suffix), self._numbered
         tokens, positions, segments, branches, forks = (
             x.reshape(-1) for x in (out.tokens, out.positions, out.segments, out.branches, out.forks)
         )
@@ -253,22 +308,25 @@ class Segments:
             return np.full(len(like), value, np.int64)
 
         every = np.arange(len(chosen))
-        write(every, constant(every, p.head.start), constant(every, head), constant(every, 0), constant(every, 0))
+        write(every, p.heads[self._head[chosen]], head, constant(every, 0), constant(every, 0))
         # The history, but for the last target.
         owner, item_at = _runs(begin, end - 1)
-        items = self.items[item_at]
-        place = head + trunk[item_at] - trunk[begin[owner]]
-        length = np.diff(p.texts)[items]
-        write(owner, p.texts[items], length, place, place)
-        write(owner, constant(owner, p.separator.start), constant(owner, separator), place + length, place + length)
+        nth = item_at - begin[owner]
+        place = head[owner] + trunk[item_at] - trunk[begin[owner]] + numbers[nth]
+        if len(p.numbers) > 1:
+            length = np.diff(p.numbers)[nth]
+            write(owner, p.numbers[nth], length, place, place)
+            place = place + length
+        run = self._run_of[item_at]
+        write(owner, p.texts[run], np.diff(p.texts)[run], place, place)
         # Targets: the last one goes on where the trunk ends, others branch off unless the trunk has their tokens.
         owner, item_at = _runs(first, end)
         items = self.items[item_at]
         code_length = np.diff(p.codes)[items]
-        fork = head + trunk[item_at] - trunk[begin[owner]]
+        fork = head[owner] + trunk[item_at] - trunk[begin[owner]] + numbers[item_at - begin[owner]]
         last = item_at == end[owner] - 1
-        apart = ~last & ~p.on_trunk[items]
-        trunk_end = head + trunk[end - 1] - trunk[begin] + self._fed[end - 1]
+        apart = ~last & ~p.on_trunk[self._run_of[item_at]]
+        trunk_end = head + trunk[end - 1] - trunk[begin] + numbers[end - 1 - begin] + self._fed[end - 1]
         place = np.where(apart, trunk_end[owner] + branch[item_at] - branch[first[owner]], fork)
         for kind, branches_off in ((apart, True), (last, False)):
             o, to, position = owner[kind], place[kind], fork[kind]

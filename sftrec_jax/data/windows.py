@@ -59,30 +59,29 @@ def back_to_back(sums: np.ndarray, histories: Windows, most: int, room: int, las
         end = start
 
 
-def with_history(sums: np.ndarray, histories: Windows, most: int, room: int, stride: int) -> Windows:
+def with_history(sums: np.ndarray, histories: Windows, most: int, room: int | np.ndarray, stride: int) -> Windows:
     """Windows for targets that each want the items before them: at most `most` of them, in at most `room` tokens.
 
     A window begins where its history does for as long as that leaves the limits kept, and then moves on: to the newest
     `most` + 1 - `stride` items, and the same share of `room`. A stride of 1 gives every target just the newest items that the
     limits allow; a longer one lets neighbours share a beginning.
 
-    Args: as `back_to_back`; targets lie behind the begin of their history.
+    Args: as `back_to_back`, `room` of all histories or int64 [H] of each; targets lie behind the begin of their history.
     Returns: windows with every target once. One with begin = first stands for a target whose newest item exceeds `room`.
     """
     kept = most + 1 - stride
-    room_kept = room * kept // most
     made = []
     begin, first, end = histories.begin, histories.first, histories.end
-    start = begin
+    start, room = begin, np.broadcast_to(room, begin.shape)
     while True:
         left = first < end
-        start, first, end = start[left], first[left], end[left]
+        start, first, end, room = start[left], first[left], end[left], room[left]
         if not len(first):
             return _joined(made)
         # Move where the first target does not fit.
         over = (first - start > most) | (sums[first] - sums[start] > room)
         fitting = np.maximum(first - most, np.searchsorted(sums, sums[first] - room))
-        wanted = np.maximum(first - kept, np.searchsorted(sums, sums[first] - room_kept))
+        wanted = np.maximum(first - kept, np.searchsorted(sums, sums[first] - room * kept // most))
         start = np.where(over, np.maximum(np.maximum(fitting, np.minimum(wanted, first - 1)), start), start)
         stop = np.minimum(np.minimum(start + most, np.searchsorted(sums, sums[start] + room, side="right") - 1) + 1, end)
         made.append(Windows(start, first, np.maximum(stop, first + 1)))

@@ -210,18 +210,32 @@ class Recommender:
 
         Returns: int32 [U, K, L] token ids, -1 after the end; float32 [U, K] log-probabilities, -inf where there is none.
         """
-        self.check(prompts)
         self.check_k(k, int((np.asarray(self._space.every) >= 0).sum()), "the vocabulary", k)
-        tokens = np.full((len(prompts), k, self._space.length), -1, np.int32)
+        return self._free(prompts, self._space, k, self._beam(k), progress)
+
+    def write(self, prompts: Sequence[np.ndarray], most: int, end: int, progress: Progress | None = None) -> np.ndarray:
+        """int32 [U, most] words that the model writes after each prompt, the likeliest token each time, -1 after token `end`.
+
+        Tokens that were added to name items are none of them.
+        """
+        known = np.asarray(self._space.every)
+        words = jnp.asarray(known[~np.isin(known, self.codes.new_token_ids)], jnp.int32)
+        return self._free(prompts, self._everywhere(AllTokens((words,), words, most, end)), 1, 1, progress)[0][:, 0]
+
+    def _free(
+        self, prompts: Sequence[np.ndarray], space: AllTokens, k: int, beam: int, progress: Progress | None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        self.check(prompts, space.length)
+        tokens = np.full((len(prompts), k, space.length), -1, np.int32)
         scores = np.full((len(prompts), k), -np.inf, np.float32)
 
         def dispatch(rows: np.ndarray, search: tuple[Any, ...], size: int) -> Any:
-            return free_search(*search, k=k, beam=self._beam(k))
+            return free_search(*search, k=k, beam=beam)
 
         def store(rows: np.ndarray, found: Any) -> None:
             tokens[rows], scores[rows] = (to_host(x)[: len(rows)] for x in found)
 
-        self._batches(prompts, (self._space,), dispatch, store, progress)
+        self._batches(prompts, (space,), dispatch, store, progress)
         return tokens, scores
 
     def invalid_rate(self, prompts: Sequence[np.ndarray], k: int, progress: Progress | None = None) -> float:
@@ -320,14 +334,18 @@ class Recommender:
         if searched > self._beam(searched):
             raise UserError(f"{k} items a user were asked for but decode.beam is {self.config.beam}; raise decode.beam")
 
-    def check(self, prompts: Sequence[np.ndarray]) -> None:
-        """Raises UserError for an empty prompt, one that the context cannot hold, or tokens that the model does not have."""
+    def check(self, prompts: Sequence[np.ndarray], answer: int | None = None) -> None:
+        """Raises UserError for an empty prompt, one that the context cannot hold, or tokens that the model does not have.
+
+        `answer`: tokens after each prompt; None: those of an item.
+        """
+        room = self._context - (self.index.length if answer is None else answer)
         for row, prompt in enumerate(prompts):
             if not len(prompt):
                 raise UserError(f"prompt {row} is empty; a user without history needs prompt.format: instruct or a BOS token")
-            if len(prompt) + self.index.length > self._context:
+            if len(prompt) > room:
                 raise UserError(
-                    f"prompt {row} has {len(prompt)} tokens and the answer {self.index.length}, "
+                    f"prompt {row} has {len(prompt)} tokens and the answer {self._context - room}, "
                     f"but the model's context is {self._context}; lower prompt.max_history"
                 )
         tokens = np.concatenate([np.zeros(0, np.int64), *prompts]).astype(np.int64)

@@ -123,7 +123,7 @@ def numbering(dataset: Dataset, numbers: np.ndarray) -> Outcome:
 def target_in_prompt(dataset: Dataset, prompts: PromptBuilder, seed: int = 0) -> Outcome:
     """Whether prompts name the target: its code, or its title where prompts show titles, though it is not in the history."""
     prompts = dataclasses.replace(prompts, counts=Counter())
-    titled = prompts.format == "instruct" and prompts.history == "titles"
+    titled = prompts.writer.shows_titles
     known: dict[int, tuple[bytes, ...]] = {}
 
     def names(item: int) -> tuple[bytes, ...]:
@@ -132,7 +132,7 @@ def target_in_prompt(dataset: Dataset, prompts: PromptBuilder, seed: int = 0) ->
             rows = [row[row >= 0].tolist()]
             if titled:
                 title = str(prompts.codes.titles[item])
-                rows += prompts.encode([title, f" {title}"])  # within a text its first word often has another token
+                rows += prompts.writer.encode([title, f" {title}"])  # within a text its first word often has another token
             known[item] = tuple(_bytes(tokens) for tokens in rows if tokens)
         return known[item]
 
@@ -142,7 +142,7 @@ def target_in_prompt(dataset: Dataset, prompts: PromptBuilder, seed: int = 0) ->
     exchanged = by_chance = 0
     for i, (user, at) in enumerate(zip(held.users, held.at, strict=True)):
         history = dataset.items[dataset.offsets[user] : at]
-        prompt = _bytes(prompts.prompt(history))
+        prompt = _bytes(prompts.prompt(history, dataset.told(int(user), int(at - dataset.offsets[user]))))
         own = int(dataset.items[at])
         taken = set(history.tolist())
         for target in {own, *others[i]} - taken:
@@ -466,7 +466,7 @@ def _shown_before(prompts: PromptBuilder, history: np.ndarray) -> np.ndarray | N
         return None if np.array_equal(prompt, prompts.prompt(history[-2:])) else prompt
     for count in range(min(5, len(history), prompts.max_history - 1), 2, -1):
         shown = np.concatenate([_code(prompts, int(item)) for item in history[-count:]])
-        if len(shown) + prompts.codes.codes.shape[1] + len(prompts.bos) <= prompts.context:
+        if len(shown) + prompts.codes.codes.shape[1] + len(prompts.beginning) <= prompts.context:
             return shown
     return None
 

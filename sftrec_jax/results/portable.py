@@ -25,7 +25,12 @@ def portable_config(config: RunConfig, folder: Path) -> dict[str, Any]:
     values = to_dict(config)
     for section, names in PATH_FIELDS.items():
         part = values[section]
-        part |= {name: _portable(part[name], folder, f"{section}.{name}") for name in names if part[name] is not None}
+        for name in names:
+            value, field = part[name], f"{section}.{name}"
+            if isinstance(value, list):
+                part[name] = [_portable(one, folder, field) for one in value]
+            elif value is not None:
+                part[name] = _portable(value, folder, field)
     return values
 
 

@@ -1,6 +1,5 @@
 """Finished runs of one configuration become `NAME.json` and `NAME.top10.parquet`."""
 
-import dataclasses
 import datetime
 import hashlib
 import json
@@ -22,7 +21,7 @@ from sftrec_jax.results.lists import LENGTH, TestSet, TestSets, Values, model_va
 from sftrec_jax.results.portable import portable_config
 from sftrec_jax.results.record import ROWS, check_name, lists_path, plain_metrics
 from sftrec_jax.results.summary import summarise
-from sftrec_jax.run.card import data_card
+from sftrec_jax.run.card import data_card, prompt_card
 from sftrec_jax.run.folder import RunFolder, open_folder, write_json
 from sftrec_jax.run.tables import write_frame
 
@@ -177,7 +176,7 @@ def configured_card(config: RunConfig) -> dict[str, Any]:
     """The parts of the protocol card that the configuration alone decides, but for seeds."""
     return {
         "items": {"tokenizer": config.items.tokenizer},
-        "prompt": dataclasses.asdict(config.prompt),
+        "prompt": prompt_card(config.prompt),
         "decode": {name: getattr(config.decode, name) for name in ("beam", "top_k", "normaliser")},
         "model": {"from_scratch": config.model.from_scratch},
         "train": {"method": config.train.method, "row_length": config.train.row_length},
@@ -197,7 +196,7 @@ def _check_as_configured(config: RunConfig, card: dict[str, Any], path: Path) ->
 def differences_within(part: dict[str, Any], card: dict[str, Any]) -> list[tuple[str, Any, Any]]:
     """Where a card has other values for the keys of `part`; older cards lack sections, and options that were at their default."""
     out = []
-    defaults = {"prompt": dataclasses.asdict(PromptConfig())}
+    defaults = {"prompt": prompt_card(PromptConfig())}
     for section, expected in part.items():
         found = card.get(section)
         if isinstance(expected, dict) and isinstance(found, dict):

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 import sftrec_jax
-from sftrec_jax.config import RunConfig
+from sftrec_jax.config import PromptConfig, RunConfig
 from sftrec_jax.data.dataset import Dataset
 from sftrec_jax.run.session import Session
 
@@ -31,7 +31,7 @@ def protocol_card(session: Session, step: int, users: int) -> dict[str, Any]:
             "tokens_at_most": int(codes.codes.shape[1]),
             "distinct_codes": len(np.unique(codes.codes, axis=0)),
         },
-        "prompt": dataclasses.asdict(config.prompt),
+        "prompt": prompt_card(config.prompt),
         "decode": {name: getattr(config.decode, name) for name in ("beam", "top_k", "normaliser")},
         "model": {"base": _name(session.source.label), "from_scratch": config.model.from_scratch, "checkpoint_step": step},
         "train": {"method": config.train.method, "row_length": config.train.row_length},
@@ -64,7 +64,8 @@ def data_card(config: RunConfig, dataset: Dataset, users: int) -> dict[str, Any]
             "interactions": len(dataset.items),
             "histories_sha256": histories,
             "catalogue_sha256": _hash(_texts(dataset.item_ids), _texts(dataset.titles)),
-        },
+        }
+        | ({"profiles_sha256": _hash(*map(_texts, dataset.profiles.values()))} if dataset.profiles else {}),
         "split": {"kind": kind, "sha256": split} | (fractions if kind == "temporal" else {}),
         "order": (order if dataset.timed else {"by": "the source's order"})
         | {"tied_timestamp_share": dataset.report.get("tied_timestamp_share") if dataset.timed else None},
@@ -73,6 +74,12 @@ def data_card(config: RunConfig, dataset: Dataset, users: int) -> dict[str, Any]
         "baselines": {"counter_decay": config.evaluate.counter_decay},
         "code": {"source_sha256": source_hash()} | {name: version(name) for name in ("sftrec-jax", "jax", "flax", "numpy")},
     }
+
+
+def prompt_card(prompt: PromptConfig) -> dict[str, Any]:
+    """The options of prompts, templates by the SHA-256 of their texts."""
+    hashes = [_hash(Path(template).read_bytes()) for template in prompt.templates]
+    return dataclasses.asdict(prompt) | {"templates": hashes}
 
 
 def source_hash() -> str:

@@ -22,6 +22,7 @@ from sftrec_jax.run.folder import write_json
 from sftrec_jax.run.lint import check_leaks
 from sftrec_jax.run.session import Session, recommender
 from sftrec_jax.run.tables import metrics_table, write_recommendations
+from sftrec_jax.run.task_evaluation import evaluate_tasks, evaluate_templates
 
 RECOMMENDED = 10
 """Items a user in recommendations.parquet."""
@@ -37,7 +38,8 @@ class Asked:
         ends = [len(h) if positions[u] < 0 else int(positions[u]) for u, h in zip(users, histories, strict=True)]
         self.histories = [h[:end] for h, end in zip(histories, ends, strict=True)]
         self.targets = np.asarray([h[end] if end < len(h) else -1 for h, end in zip(histories, ends, strict=True)], np.int32)
-        self.prompts = [session.prompts.prompt(h) for h in self.histories]
+        told = (session.dataset.told(int(u), end) for u, end in zip(users, ends, strict=True))
+        self.prompts = [session.prompts.prompt(h, t) for h, t in zip(self.histories, told, strict=True)]
 
 
 def list_values(
@@ -132,6 +134,10 @@ def evaluate_stage(session: Session, decoder: Decoder, step: int, exact: bool = 
     remarks += _unconstrained(session, decode, asked, result)
     if tested and config.evaluate.grounding_users:
         remarks += _grounded(session, decoder, decode, asked, shown, tested, result)
+    if tested:
+        result["tasks"], lines = evaluate_tasks(session, decode)
+        result["templates"], more = evaluate_templates(session, decode, with_target, targets, histories, k)
+        remarks += lines + more
     if tested and exact:
         remarks += _exact(decode, asked, shown, tested, k, mask, result)
     result["seconds_evaluating"] = round(time.monotonic() - begin, 1)

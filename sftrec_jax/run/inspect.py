@@ -54,9 +54,9 @@ def inspect_stage(where: Path | RunConfig, rows: int, step: int) -> None:
 
 
 def _show(session: Session, rows: int, step: int) -> None:
-    segments, sharing = training_segments(session)
+    prompts, sharing = training_segments(session)
     counts = session.prompts.counts.copy()
-    examples, tasks = with_tasks(session, segments)
+    examples, tasks = with_tasks(session, prompts)
     plan = BatchPlan(examples, session.config.train)
     if step > plan.steps:
         raise UserError(f"--step {step}: the run has {plan.steps} steps; use 1 to {plan.steps}")

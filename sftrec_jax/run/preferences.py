@@ -133,7 +133,8 @@ def _users(session: Session, decode: Recommender, users: np.ndarray, negatives: 
     for begin in range(0, len(users), USERS_AT_ONCE):
         some = users[begin : begin + USERS_AT_ONCE].tolist()
         histories = [session.dataset.train_history(user) for user in some]
-        prompts = [session.prompts.prompt(history[:-1]) for history in histories]
+        told = [session.dataset.told(user, len(h) - 1) for user, h in zip(some, histories, strict=True)]
+        prompts = [session.prompts.prompt(h[:-1], t) for h, t in zip(histories, told, strict=True)]
         own_seed = int(np.random.SeedSequence((seed, begin)).generate_state(1)[0])
         rejected = decode.sample(prompts, [twins.of(h) for h in histories], negatives, own_seed).items
         answers = np.concatenate([[[h[-1]] for h in histories], rejected], axis=1).astype(np.int32)

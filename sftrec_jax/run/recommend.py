@@ -9,14 +9,15 @@ import polars as pl
 from polars.exceptions import PolarsError
 
 from sftrec_jax.console import console, progress
+from sftrec_jax.data.told import NOTHING, Told
 from sftrec_jax.errors import UserError
 from sftrec_jax.items.titles import TitleIndex
 from sftrec_jax.run.session import Session, recommender
 from sftrec_jax.run.tables import recommendation_frame
 
 
-def user_history(session: Session, user: str) -> np.ndarray:
-    """All items of a user of the run; raises UserError with users that exist for another."""
+def user_history(session: Session, user: str) -> tuple[np.ndarray, Told]:
+    """All items of a user of the run and what is told of them; raises UserError with users that exist for another."""
     found = np.flatnonzero(session.dataset.user_ids == user)
     if not len(found):
         some = ", ".join(str(u) for u in session.dataset.user_ids[:3])
@@ -24,14 +25,15 @@ def user_history(session: Session, user: str) -> np.ndarray:
             f"--user {user}: not a user of this run, which has {len(session.dataset.user_ids):,} (such as {some}); "
             "give a --history"
         )
-    return session.dataset.history(int(found[0]))
+    return session.dataset.history(int(found[0])), session.dataset.told(int(found[0]))
 
 
-def file_histories(session: Session, path: Path) -> tuple[list[str], list[np.ndarray]]:
-    """Names and histories from a file.
+def file_histories(session: Session, path: Path) -> tuple[list[str], list[np.ndarray], list[Told]]:
+    """Names, histories and what else is told, from a file.
 
     `.jsonl` or `.parquet`: column `history` with a list of item ids or titles (or one text with `;` between them), and
-    optionally `user`. `.txt`: a line a user, titles or ids with `;` between them.
+    optionally `user`, `ratings` and `timestamps` (lists as long as the history), and the fields of profiles. `.txt`: a line a
+    user, titles or ids with `;` between them.
     """
     if not path.exists():
         raise UserError(f"{path}: no such file; give a .jsonl, .parquet or .txt file of histories")
@@ -52,17 +54,47 @@ def file_histories(session: Session, path: Path) -> tuple[list[str], list[np.nda
         raise UserError(f"{path}: holds no history; write at least one row")
     index = TitleIndex(session.codes.titles, session.dataset.item_ids)
     by_id = {str(item): i for i, item in enumerate(session.dataset.item_ids)}
-    names, histories = [], []
+    names, histories, told = [], [], []
     for number, row in enumerate(rows, start=1):
         if "history" not in row:
             raise UserError(f"{path}: row {number} has no column `history`, it has {', '.join(row)}; rename the column")
         try:
             items = _items(row["history"], index, by_id)
+            told.append(_told(row, len(items), session.prompts.writer.profile))
         except UserError as error:
             raise UserError(f"{path}: row {number}: {error}") from None
         names.append(str(number if row.get("user") is None else row["user"]))
         histories.append(np.asarray(items, np.int32))
-    return names, histories
+    return names, histories, told
+
+
+def _told(row: dict[str, Any], count: int, profile: Sequence[str]) -> Told:
+    lists: dict[str, np.ndarray | None] = {}
+    for name, kind in (("ratings", np.float32), ("timestamps", np.int64)):
+        values = row.get(name)
+        if values is None:
+            lists[name] = None
+            continue
+        if not isinstance(values, list) or len(values) != count or not all(isinstance(v, int | float) for v in values):
+            raise UserError(f"{name} is {values!r}; write a list of {count} numbers, one for each item of the history")
+        lists[name] = np.asarray(values, kind)
+    times = lists["timestamps"]
+    gaps = None if times is None else np.diff(times, prepend=times[:1] + 1)
+    fields = {name: str(row[name]) for name in profile if row.get(name) is not None}
+    return Told(lists["ratings"], times, gaps, {}, fields)
+
+
+def typed_profile(session: Session, words: Sequence[str]) -> Told:
+    """`FIELD=TEXT` of the command line. Raises UserError for a field that prompts do not say."""
+    fields = {}
+    known = session.prompts.writer.profile
+    for word in words:
+        name, equals, value = word.partition("=")
+        if not equals or name not in known:
+            says = f"say {', '.join(known)} of a user; write FIELD=TEXT" if known else "say nothing of a user; leave it out"
+            raise UserError(f"--profile {word}: prompts of this run {says}")
+        fields[name] = value
+    return Told(profile=fields)
 
 
 def _items(value: Any, index: TitleIndex, by_id: dict[str, int]) -> list[int]:
@@ -115,10 +147,12 @@ def recommend(
     k: int,
     keep_seen: bool,
     allowed: np.ndarray | None = None,
+    told: Sequence[Told] | None = None,
 ) -> pl.DataFrame:
     """Columns as of `recommendation_frame`: the `k` best items for each history, without those in it.
 
-    `allowed`: bool [n_items] items that may be recommended, or None. Says how many lists are shorter than `k`.
+    `allowed`: bool [n_items] items that may be recommended, or None; `told`: of each history what else is known. Says how many
+    lists are shorter than `k`, and how many histories lack what prompts name.
     """
     n_items = len(session.dataset.item_ids)
     if not 1 <= k <= n_items:
@@ -126,7 +160,7 @@ def recommend(
     decoder, step = session.trained_decoder()
     by = session.config.decode.normaliser
     console.print(f"model of {session.folder.path}, step {step}" + ("" if by == "full" else f", scores normalised over {by}"))
-    prompts = _prompts(session, histories)
+    prompts = _prompts(session, histories, [NOTHING] * len(histories) if told is None else told)
     seen = None if keep_seen else list(histories)
     ranking = recommender(session, decoder).rank(prompts, seen, k, progress("recommending", len(prompts)), allowed)
     short = int((ranking.items < 0).any(axis=1).sum())
@@ -136,16 +170,22 @@ def recommend(
     return recommendation_frame(list(names), session.dataset.item_ids, session.codes.titles, ranking, by)
 
 
-def _prompts(session: Session, histories: Sequence[np.ndarray]) -> list[np.ndarray]:
-    """Prompts; says how many do not hold the whole history."""
+def _prompts(session: Session, histories: Sequence[np.ndarray], told: Sequence[Told]) -> list[np.ndarray]:
+    """Prompts; says how many do not hold the whole history, and what they would say if it were told."""
     builder, prompts, cut = session.prompts, [], 0
-    for history in histories:
+    untold: dict[str, int] = {}
+    for history, more in zip(histories, told, strict=True):
+        for name in (*builder.writer.told, *builder.writer.profile):
+            untold[name] = untold.get(name, 0) + (not more.tells(name))
         before = builder.counts["items_cut_to_context"]
-        prompts.append(builder.prompt(history))
+        prompts.append(builder.prompt(history, more))
         cut += len(history) > builder.max_history or builder.counts["items_cut_to_context"] > before
     if cut:
         console.print(
             f"{cut:,} of {len(prompts):,} histories are longer than a prompt (prompt.max_history is {builder.max_history}, "
             f"train.row_length {session.config.train.row_length}); only their newest items count"
         )
+    for name, count in untold.items():
+        if count:
+            console.print(f"{count:,} of {len(prompts):,} prompts do not say {name}, which is not known")
     return prompts

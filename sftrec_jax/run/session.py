@@ -1,6 +1,7 @@
 """A run opened in memory: configuration, data, codes, tokenizer, model shape, mesh, prompts."""
 
 import dataclasses
+import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,9 +18,12 @@ from sftrec_jax.console import console
 from sftrec_jax.data.dataset import Dataset
 from sftrec_jax.data.prepare import prepare_dataset
 from sftrec_jax.data.prompts import PromptBuilder, prompt_builder
+from sftrec_jax.data.tasks import wanted_tasks
+from sftrec_jax.data.user_tasks import IN_WORDS, KINDS
 from sftrec_jax.decode.recommender import Recommender
 from sftrec_jax.errors import UserError
 from sftrec_jax.evaluate.checks import check_evaluable
+from sftrec_jax.evaluate.text_metrics import check_installed
 from sftrec_jax.items.codes import ItemCodes
 from sftrec_jax.model.architecture import Architecture
 from sftrec_jax.model.decoder import Decoder
@@ -29,6 +33,7 @@ from sftrec_jax.model.memory import choose_mesh
 from sftrec_jax.model.mesh import check_mesh, make_mesh, named
 from sftrec_jax.model.peft_read import adapter_folder
 from sftrec_jax.model.sharding import named_arrays, with_arrays
+from sftrec_jax.run.fill_profiles import fill_profiles
 from sftrec_jax.run.folder import RunFolder, open_folder
 from sftrec_jax.run.naming import name_items
 from sftrec_jax.run.vectors import Vectoriser
@@ -51,6 +56,9 @@ class Session:
     build: Build
     mesh: Mesh
     prompts: PromptBuilder
+    """What recommending asks with,"""
+    more_prompts: tuple[PromptBuilder, ...]
+    """and what training asks with, too."""
 
     def base_decoder(self) -> Decoder:
         """The decoder before training: base weights, adapters at the identity, new rows at their first values."""
@@ -91,7 +99,7 @@ def _open(folder: RunFolder, config: RunConfig, dataset: Dataset, codes: ItemCod
             "set model.tokenizer to the model's own"
         )
     mesh = _mesh(config, arch, len(dataset.item_ids), codes is None)
-    config = _with_own_start(folder, config)
+    config = _with_own_templates(folder, _with_own_start(folder, config))
     if codes is None:
         # Of several processes the first prepares alone, on its own devices.
         own = mesh if jax.process_count() == 1 else make_mesh(MeshConfig(), jax.local_devices())
@@ -105,6 +113,8 @@ def _open(folder: RunFolder, config: RunConfig, dataset: Dataset, codes: ItemCod
         if tokenizer.convert_tokens_to_ids(list(codes.new_tokens)) != codes.new_token_ids.tolist():
             raise UserError(f"{folder.prepared}: was prepared with another tokenizer than {source.label}; prepare again")
     context = min(arch.context, config.train.row_length)
+    templates = config.prompt.templates or (None,)
+    builders = [prompt_builder(config.prompt, codes, tokenizer, context, dataset, template) for template in templates]
     return Session(
         folder=folder,
         config=config,
@@ -114,7 +124,8 @@ def _open(folder: RunFolder, config: RunConfig, dataset: Dataset, codes: ItemCod
         source=source,
         build=make_build(model, config.lora, config.train, arch, codes, mesh),
         mesh=mesh,
-        prompts=prompt_builder(config.prompt, codes, tokenizer, context),
+        prompts=builders[0],
+        more_prompts=tuple(builders[1:]),
     )
 
 
@@ -140,14 +151,43 @@ def _with_own_start(folder: RunFolder, config: RunConfig) -> RunConfig:
     return dataclasses.replace(config, lora=dataclasses.replace(config.lora, start=str(own)))
 
 
+def _with_own_templates(folder: RunFolder, config: RunConfig) -> RunConfig:
+    """The config with templates in the run's own folder, copied there at first, so that a later change does not reach the run."""
+    own = folder.prepared / "templates"
+    prompt, tasks = config.prompt, config.tasks
+    names = [f"{number}_{Path(template).name}" for number, template in enumerate(prompt.templates)]
+    if not own.exists() and (names or tasks.templates is not None):
+        temporary = own.with_name(f".{own.name}.{os.getpid()}")
+        temporary.mkdir(parents=True)
+        try:
+            for name, template in zip(names, prompt.templates, strict=True):
+                shutil.copyfile(template, temporary / name)
+            if tasks.templates is not None:
+                shutil.copytree(tasks.templates, temporary / "tasks")
+        except OSError as error:
+            shutil.rmtree(temporary)
+            raise UserError(f"{error.filename}: the template cannot be read ({error.strerror}); correct the path") from None
+        temporary.rename(own)
+    prompt = dataclasses.replace(prompt, templates=tuple(str(own / name) for name in names))
+    if tasks.templates is not None:
+        tasks = dataclasses.replace(tasks, templates=str(own / "tasks"))
+    return dataclasses.replace(config, prompt=prompt, tasks=tasks)
+
+
 def prepare(folder: RunFolder, config: RunConfig) -> Session:
     """Reads the log and the catalogue, splits, names the items; writes `prepared/`. LeakError for what `check_leaks` finds."""
     from sftrec_jax.run.lint import check_leaks, record_fit  # which imports this file
 
-    dataset = prepare_dataset(config.data)
+    dataset = prepare_dataset(config.data, config.profile)
     check_evaluable(folder.path, config, dataset)
+    if config.profile.filler is not None:
+        dataset = fill_profiles(config, dataset)
     dataset.save(folder.prepared)
     session = _open(folder, config, dataset, None)
+    for template in config.evaluate.templates:  # an error now and not after training
+        prompt_builder(config.prompt, session.codes, session.tokenizer, session.prompts.context, dataset, template)
+    if any(KINDS[name].answer in IN_WORDS for name in wanted_tasks(config.tasks) if name in KINDS):
+        check_installed()
     record_fit(dataset, folder.prepared)
     lengths = np.diff(dataset.offsets)
     spread = f"({lengths.min()} to {lengths.max()} each, median {int(np.median(lengths))})"

@@ -54,9 +54,9 @@ def _size(state: nnx.State) -> int:
 def train_stage(session: Session, resume: bool) -> TrainResult:
     """Trains and leaves `checkpoints/` and `metrics.jsonl`."""
     config = session.config
-    segments, sharing = training_segments(session)
-    counts = session.prompts.counts.copy()
-    examples, tasks = with_tasks(session, segments)
+    prompts, sharing = training_segments(session)
+    segments, counts = prompts[0], session.prompts.counts.copy()
+    examples, tasks = with_tasks(session, prompts)
     plan = BatchPlan(examples, t := config.train)
     decoder = session.base_decoder()
     start = config.lora.start if t.method == "lora" else None
@@ -118,40 +118,46 @@ def train_stage(session: Session, resume: bool) -> TrainResult:
     return result
 
 
-def training_segments(session: Session) -> tuple[Segments, str]:
-    """The training examples of a run, and a few words on whether prompts are shared."""
-    made = session.prompts.segments(session.dataset.items, session.dataset.training)
+def training_segments(session: Session) -> tuple[list[Segments], str]:
+    """The training examples of a run as each template writes them, and a few words on whether prompts are shared."""
+    data = session.dataset
+    told = data.told_in_training
+    made = [builder.segments(data.items, data.training, told) for builder in (session.prompts, *session.more_prompts)]
     if session.prompts.format == "stream":
         return made, "every item of a stream is a target"
     setting, lora = session.config.train.share_prefixes, session.config.lora
     if setting == "off":
-        return made.apart(), "prompts one by one, as configured"
+        return [segments.apart() for segments in made], "prompts one by one, as configured"
     if setting == "auto" and lora.dropout:
-        return made.apart(), "prompts one by one, since lora.dropout would draw one noise for a shared beginning"
+        why = "prompts one by one, since lora.dropout would draw one noise for a shared beginning"
+        return [segments.apart() for segments in made], why
     said = "beginnings shared"
     if lora.dropout:
         said += " as configured, with one noise of lora.dropout for all targets of a beginning"
     prompt = session.config.prompt
-    if prompt.stride == 1 and len(made) > LONG * len(session.dataset.training):
+    if prompt.stride == 1 and len(made[0]) > LONG * len(data.training):
         said += f" (prompt.stride {max(2, prompt.max_history // 2)} would share more of long histories)"
     return made, said
 
 
-def with_tasks(session: Session, segments: Segments) -> tuple[Packable, list[str]]:
-    """The examples of all tasks, and a line on each beside the first; `segments` are those of `sequential`."""
+def with_tasks(session: Session, prompts: list[Segments]) -> tuple[Packable, list[str]]:
+    """The examples of all tasks, and a line on each beside the first; `prompts` are those of `sequential`, by template."""
     config = session.config
     context = min(session.build.arch.context, config.train.row_length)
     tasks = make_tasks(config, session.dataset, session.codes, session.tokenizer, context)
-    if not tasks and config.tasks.sequential == 1:
-        return segments, []
+    if not tasks and config.tasks.sequential == 1 and len(prompts) == 1:
+        return prompts[0], []
     apart = not _shares(config)
     parts = [t.examples.apart() if apart and isinstance(t.examples, Segments) else t.examples for t in tasks]
+    of_each = config.tasks.sequential / len(prompts)
     said = [f"task sequential: weight {config.tasks.sequential:g}"] if config.tasks.sequential != 1 else []
+    if len(prompts) > 1:
+        said.append(f"templates: {len(prompts)}, of which an epoch draws each for 1 in {len(prompts)} of its prompts")
     for task, part in zip(tasks, parts, strict=True):
         sizes = f"{int(part.target_items.sum()):,} examples, {int(part.lengths.sum()):,} tokens"
         line = f"task {task.name}: weight {task.weight:g}, {sizes}"
-        said.append(line + (f"; {task.left_out:,} items lack it" if task.left_out else ""))
-    return Mixture((segments, *parts), (config.tasks.sequential, *(t.weight for t in tasks))), said
+        said.append(line + (f"; {task.left_out}" if task.left_out else ""))
+    return Mixture((*prompts, *parts), (*[of_each] * len(prompts), *(t.weight for t in tasks))), said
 
 
 def _shares(config: RunConfig) -> bool:

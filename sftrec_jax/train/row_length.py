@@ -24,7 +24,7 @@ def better_row_length(segments: Segments, config: TrainConfig) -> tuple[int, flo
     """
     chosen = np.unique(np.linspace(0, len(segments) - 1, SAMPLE).astype(np.int64))
     windows = segments.windows
-    sample = Segments(segments.items, Windows(windows.begin[chosen], windows.first[chosen], windows.end[chosen]), segments.pieces)
+    sample = dataclasses.replace(segments, windows=Windows(windows.begin[chosen], windows.first[chosen], windows.end[chosen]))
     least = max(8, int(segments.apart().lengths.max()), int(segments.longest))
     lengths = np.unique(np.linspace(least, max(2 * config.row_length, least + 8), TRIED).astype(np.int64) + 7) // 8 * 8
     positions = {length: _positions(sample, config, length) for length in map(int, np.unique(lengths))}
