@@ -1,5 +1,6 @@
 """Filters, order, splits and the saved form, against plain Python."""
 
+import itertools
 import json
 from collections import Counter
 from pathlib import Path
@@ -7,15 +8,18 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from sftrec_jax.config import DataConfig
+from sftrec_jax.data import parts, textfile
 from sftrec_jax.data.dataset import Dataset
-from sftrec_jax.data.histories import k_core, pair_hash, text_hashes
+from sftrec_jax.data.histories import pair_hash, text_hashes
+from sftrec_jax.data.log import Log, k_core
 from sftrec_jax.data.prepare import prepare_dataset
 from sftrec_jax.data.splits import leave_one_out, temporal
 from sftrec_jax.errors import UserError
+from sftrec_jax.run.summary import data_table
 
 PAIRS = st.lists(st.tuples(st.integers(0, 6), st.integers(0, 6)), max_size=60)
 
@@ -38,14 +42,62 @@ def tied_rows(users: int = 6, items: int = 30) -> list[tuple]:
 @given(PAIRS, st.integers(0, 4), st.integers(0, 4))
 @settings(max_examples=60, deadline=None)
 def test_k_core_is_the_largest_stable_part(pairs: list[tuple[int, int]], user_core: int, item_core: int) -> None:
-    log = pl.DataFrame(pairs, schema={"user": pl.Int64, "item": pl.Int64}, orient="row")
-    expected = list(pairs)
+    users, items = (np.array([pair[side] for pair in sorted(pairs)], np.int32) for side in (0, 1))
+    counts = np.bincount(users, minlength=max((u for u, _ in pairs), default=-1) + 1)
+    nothing = np.zeros(len(items), np.int64)
+    log = Log([str(n) for n in range(len(counts))], counts, items, nothing, nothing, None, None, {})
+    expected = sorted(pairs)
     changed = True
     while changed:
-        users, items = Counter(u for u, _ in expected), Counter(i for _, i in expected)
-        kept = [(u, i) for u, i in expected if users[u] >= user_core and items[i] >= item_core]
+        by_user, by_item = Counter(u for u, _ in expected), Counter(i for _, i in expected)
+        kept = [(u, i) for u, i in expected if by_user[u] >= user_core and by_item[i] >= item_core]
         changed, expected = len(kept) < len(expected), kept
-    assert k_core(log, user_core, item_core)[0].rows() == expected
+    k_core(log, user_core, item_core)
+    assert list(zip(np.repeat(np.arange(len(log.counts)), log.counts).tolist(), log.items.tolist(), strict=True)) == expected
+
+
+EVENTS = st.lists(st.tuples(st.integers(0, 70), st.integers(0, 5), st.integers(0, 4)), min_size=2, max_size=120)
+
+
+@given(EVENTS, st.integers(20, 300))
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_blocks_and_divisions_are_sorted_as_a_whole(tmp_path: Path, events: list[tuple[int, int, int]], block: int) -> None:
+    events = [*events, (0, 0, 9), (1, 0, 9)]
+    path = tmp_path / "log.csv"
+    path.write_text("user_id,item_id,timestamp\n" + "".join(f"u{u},i{i},{t}\n" for u, i, t in events))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(textfile.text_blocks, "__defaults__", (None, block))
+        patch.setattr(parts, "SIZE", block)
+        dataset = prepare_dataset(DataConfig(source=str(path), user_core=0))
+        dataset.save(tmp_path / "saved")
+        assert ordered(Dataset.load(tmp_path / "saved")) == ordered(dataset)
+
+    def place(event: tuple[int, int, int]) -> tuple[int, int]:
+        user, item = text_hashes([f"u{event[0]}"], 0, "user"), text_hashes([f"i{event[1]}"], 0, "item")
+        return event[2], int(pair_hash(user, item)[0])
+
+    expected: dict[str, list[str]] = {}
+    for event in sorted(set(events), key=place):
+        expected.setdefault(f"u{event[0]}", []).append(f"i{event[1]}")
+    assert ordered(dataset) == expected
+    assert dataset.report["duplicates_dropped"] == len(events) - len(set(events))
+
+
+def test_parts_are_whole_histories(monkeypatch: pytest.MonkeyPatch) -> None:
+    lengths = np.array([0, 3, 0, 12, 1, 1, 0, 2, 0])
+    offsets = np.concatenate([[0], np.cumsum(lengths)])
+    owner = np.repeat(np.arange(len(lengths)), lengths)
+    for size in (1, 2, 4, 100):
+        monkeypatch.setattr(parts, "SIZE", size)
+        made = list(parts.parts(offsets))
+        assert np.array_equal(np.concatenate([part.owner for part in made]), owner)
+        position = np.concatenate([part.position for part in made])
+        assert np.array_equal(position, np.concatenate([np.arange(n) for n in lengths]))
+        assert [(p.first, p.last) for p in made] == list(itertools.pairwise([made[0].first, *(p.last for p in made)]))
+        assert made[0].first == 0 and made[-1].last == len(lengths)
+        assert all(len(p.owner) <= size or p.last == p.first + 1 for p in made)
+        values = np.array([5, 0, 5, 2] * 5, np.int32)
+        assert parts.occurrences(values, 7).tolist() == np.bincount(values, minlength=7).tolist()
 
 
 def test_file_order_changes_nothing(tmp_path: Path) -> None:
@@ -101,6 +153,12 @@ def _splitmix(state: int) -> int:
     return state ^ (state >> 31)
 
 
+def shown(dataset: Dataset, **settings: object) -> list[list[str]]:
+    """The lines of the table that `prepare` ends with, without empty cells."""
+    table = data_table(dataset.report, DataConfig(**settings))  # pyright: ignore
+    return [[cell for cell in row if cell] for row in zip(*(column.cells for column in table.columns), strict=True)]
+
+
 def test_filters_are_counted(tmp_path: Path) -> None:
     rows = [("a", "x", 1, 5.0), ("a", "x", 1, 4.0), ("a", "y", 2, 5.0), ("a", "x", 3, 5.0), ("a", "z", 4, 1.0)]
     rows += [("b", "x", 1, 5.0), ("b", "y", 2, 5.0), ("b", "w", 3, 5.0), ("c", "x", 1, 5.0)]
@@ -112,6 +170,16 @@ def test_filters_are_counted(tmp_path: Path) -> None:
     wanted = {"interactions_read": 9, "below_min_rating": 1, "duplicates_dropped": 1, "core_dropped_interactions": 2}
     wanted |= {"users_dropped": 1, "users": 2, "items": 2, "interactions": 5, "catalogue_items_read": 5}
     assert {key: dataset.report[key] for key in wanted} == wanted
+    assert shown(dataset, min_rating=2.0, user_core=2, item_core=2, catalogue="c", rating_column="r") == [
+        ["came in", "9", "3", "5"],
+        ["- rated below 2", "-1"],
+        ["- user, item and time of another row", "-1"],
+        ["- users with < 2 or items with < 2", "-2", "-1", "-3"],
+        ["kept", "5", "2", "2"],
+        ["to train", "3"],
+        ["to validate", "1"],
+        ["to test", "1"],
+    ]
     kept = prepare_rows(tmp_path, rows, min_rating=2.0, user_core=2, catalogue=str(catalogue))
     assert kept.item_ids.tolist() == list("vwxyz")
 

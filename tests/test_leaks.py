@@ -13,19 +13,28 @@ from tiny_run import STORIES, WORDS
 from tiny_tokenizers import byte_level
 
 from sftrec_jax.config import DataConfig, PromptConfig
+from sftrec_jax.data import parts
 from sftrec_jax.data.dataset import Dataset, ItemText
 from sftrec_jax.data.prepare import prepare_dataset
 from sftrec_jax.data.prompts import PromptBuilder, prompt_builder
 from sftrec_jax.data.segments import Example
 from sftrec_jax.data.told import NOTHING, Told
+from sftrec_jax.data.windows import Windows
 from sftrec_jax.evaluate import leaks
 from sftrec_jax.evaluate.leaks import Finding, HeldOut
+from sftrec_jax.evaluate.sequences import Sequences
 from sftrec_jax.items.codes import ItemCodes
 from sftrec_jax.items.embed.clusters import cluster_paths
 from sftrec_jax.items.embed.collaborative import cooccurrence
 from sftrec_jax.items.naming import atomic_codes, numeric_codes, title_codes
 from sftrec_jax.items.order import collaborative_order, random_order, sequential_order
 from sftrec_jax.model.hub import load_tokenizer, resolve_base
+
+
+@pytest.fixture(autouse=True)
+def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Data of tests take many parts, too."""
+    monkeypatch.setattr(parts, "SIZE", 50)
 
 
 def made(histories: list[list[int]], n_items: int, user_ids: list[str] | None = None, times: list[int] | None = None) -> Dataset:
@@ -332,7 +341,7 @@ def test_examples_alike() -> None:
         dataset = made([*histories, *copies], 600)
         outcome = leaks.duplicate_rows(dataset)
         # Twice as many targets as copies: the copied history's test target stands after six items, validation after five.
-        alike = leaks._alike(dataset, np.repeat(np.arange(len(dataset.user_ids)), np.diff(dataset.offsets)), HeldOut.of(dataset))
+        alike = leaks._alike(dataset, HeldOut.of(dataset))
         assert alike == brute_alike(dataset) and len(alike) == 2 * count
         assert (outcome is not None) == expected
         if expected:
@@ -387,8 +396,13 @@ def test_a_task_that_shows_the_test_answer(base: Callable) -> None:
     whole = {dataset.train_history(u).tobytes(): dataset.history(u) for u in range(60)}
 
     class Task(PromptBuilder):
-        def examples(self, train_history: np.ndarray, begin: int = 0) -> list[Example]:
-            return [*super().examples(train_history, begin), *super().examples(whole[train_history.tobytes()], 6)]
+        def examples_of(self, items: np.ndarray, histories: Windows) -> list[Example]:
+            shown = [whole[items[a:b].tobytes()] for a, b in zip(histories.begin, histories.end, strict=True)]
+            more = [example for history in shown for example in self.last_of(history)]
+            return [*super().examples_of(items, histories), *more]
+
+        def last_of(self, history: np.ndarray) -> list[Example]:
+            return super().examples_of(history, Windows(*(np.asarray([at]) for at in (0, 6, len(history)))))
 
     honest = builder(INSTRUCT, atomic_codes(dataset.item_ids, titles(600), tokenizer), tokenizer)
     task = Task(**{f.name: getattr(honest, f.name) for f in dataclasses.fields(honest)})
@@ -446,4 +460,4 @@ def test_parts_of_sequences() -> None:
         parts = [p for p in parts if len(p) > 1]
         texts = ["".join(map(str, s)) for s in sequences]
         expected = [any("".join(map(str, p)) in text for text in texts) for p in parts]
-        assert leaks._Sequences(sequences, min(map(len, parts))).hold(parts) == expected and any(expected)
+        assert Sequences(sequences, min(map(len, parts))).hold(parts) == expected and any(expected)

@@ -257,3 +257,11 @@ def test_chat(tmp_path: Path) -> None:
 def test_a_stream_has_no_words(values: dict[str, Any]) -> None:
     with pytest.raises(UserError, match="prompt.format is stream, which has no words"):
         PromptConfig(**values)
+
+
+@pytest.mark.parametrize("history", ["titles", "both"])
+def test_history_without_a_template_is_the_template_of_that_name(history: Any) -> None:
+    templated, data, codes, tokenizer = made(history, most=4)
+    plain = prompt_builder(PromptConfig("instruct", 4, history=history), codes, tokenizer, 1000, data)
+    for user in range(len(LENGTHS)):
+        assert plain.prompt(data.history(user)).tolist() == templated.prompt(data.history(user)).tolist()

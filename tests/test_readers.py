@@ -259,9 +259,16 @@ def test_a_missing_title_becomes_the_id(tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", ["jsonl", "parquet"])
 def test_text_of_an_item_joins_columns_and_lists(tmp_path: Path, kind: str) -> None:
     rows = [
-        {"item_id": "a", "title": "Red ball", "brand": "Acme", "tags": ["toy", "round"], "key": "ball"},
-        {"item_id": "b", "title": "[1] or not", "brand": None, "tags": [], "key": None},
-        {"item_id": "c", "title": "", "brand": " ", "tags": None, "key": ""},
+        {
+            "item_id": "a",
+            "title": "Red ball",
+            "brand": "Acme",
+            "tags": ["toy", "round"],
+            "key": "ball",
+            "paths": [["p", "q"], ["r"]],
+        },
+        {"item_id": "b", "title": "[1] or not", "brand": None, "tags": [], "key": None, "paths": [[]]},
+        {"item_id": "c", "title": "", "brand": " ", "tags": None, "key": "", "paths": None},
     ]
     path = tmp_path / f"items.{kind}"
     frame = pl.DataFrame(rows)
@@ -277,6 +284,8 @@ def test_text_of_an_item_joins_columns_and_lists(tmp_path: Path, kind: str) -> N
         assert each.text.keyphrases.tolist() == ["ball", "", ""]
         assert each.text.rows.tolist() == [0, 1, 2]
     assert dataset.report["missing_texts"] == 1
+    nested = prepare_dataset(dataclasses.replace(config, text_columns=("paths",)))
+    assert nested.text is not None and nested.text.texts.tolist() == ["p, q, r", "", ""]
     only = prepare_dataset(dataclasses.replace(config, text_columns=(), item_core=1))
     assert only.text is not None and only.text.texts.tolist() == ["Red ball", "[1] or not"]
     with pytest.raises(UserError, match=r"no column 'colour'.*data\.text_columns"):

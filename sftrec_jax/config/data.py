@@ -11,7 +11,8 @@ class DataConfig:
     """Where interactions and the catalogue come from, and how they are filtered and split."""
 
     source: str = "movielens-latest-small"
-    """`movielens-latest-small` (embedded), a .csv, .tsv, .parquet, .jsonl, .inter or .txt file, or `tfds:NAME[:SPLIT]`."""
+    """`movielens-latest-small` (embedded), a file (.csv, .tsv, .parquet, .jsonl, .json, .inter, .txt), a folder of shards or of
+    Hugging Face datasets, or `tfds:NAME[:SPLIT]`."""
     catalogue: str | None = None
     """One row an item (.csv, .tsv, .parquet, .jsonl, .item); null: the ids in the log serve as titles."""
     user_column: str = "user_id"
@@ -44,6 +45,12 @@ class DataConfig:
     text_columns: tuple[str, ...] = ()
     """Columns of the catalogue that are joined to the text of an item (`embedding.text`), and that templates may name; empty: the
     title alone."""
+    repair_text: bool = True
+    """Mend HTML entities (`R&amp;B`) and UTF-8 that was once read as another encoding (`cafÃ©`) in titles and texts."""
+    missing_items: Literal["error", "drop"] = "error"
+    """Interactions with items that the catalogue lacks: an error, or left out and counted."""
+    time_unit: Literal["s", "ms", "us", "ns"] = "s"
+    """What numbers in `time_column` count."""
     min_rating: float | None = None
     """Interactions rated lower are left out; needs `rating_column`."""
     user_core: int = 3
@@ -58,6 +65,9 @@ class DataConfig:
     """Temporal split: share of interactions after the second point in time."""
     tie_seed: int = 0
     """Interactions of a user with equal times are ordered by a hash of (tie_seed, user, item)."""
+    layout: str | None = None
+    """Names of columns that a known source has: amazon2014, amazon2018, amazon2023, recbole, minionerec, d3, lcrec. Columns that
+    are named here go before them."""
 
     def __post_init__(self) -> None:
         require(self.user_core >= 0, f"data.user_core is {self.user_core}; use 0 or more")
@@ -72,7 +82,9 @@ class DataConfig:
             f"data.min_rating is {self.min_rating} but data.rating_column is not set; name the column",
         )
         require(
-            self.history_column is not None or (self.valid_source is None and self.test_source is None),
+            self.history_column is not None
+            or self.layout is not None
+            or (self.valid_source is None and self.test_source is None),
             "data.valid_source or data.test_source is set but data.history_column is not; name the column with the histories",
         )
 

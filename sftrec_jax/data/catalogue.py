@@ -9,6 +9,7 @@ import polars as pl
 from sftrec_jax.config import DataConfig
 from sftrec_jax.data.columns import as_text, as_words, text_ids
 from sftrec_jax.data.readers import read_table
+from sftrec_jax.data.repair import repaired
 from sftrec_jax.data.table import Column
 from sftrec_jax.errors import UserError
 
@@ -29,6 +30,8 @@ class Catalogue:
     """By column, text [n_items]: each of `data.text_columns`; "" where it is empty."""
     missing_titles: int
     """Items without a title; their id stands in for it."""
+    repaired_titles: int
+    """Titles whose HTML entities or wrong encoding were mended."""
     where: str
     """The source, for messages."""
 
@@ -37,12 +40,12 @@ def read_catalogue(path: Path, config: DataConfig) -> Catalogue:
     """Reads ids, titles and texts; UserError for an id that occurs twice or is missing."""
     columns = [
         Column("item", config.catalogue_item_column, "data.catalogue_item_column"),
-        Column("title", config.title_column, "data.title_column"),
+        Column("title", config.title_column, "data.title_column", sparse=True),
     ]
     words = config.text_columns or (config.title_column,)
-    columns += [Column(f"text_{i}", name, "data.text_columns") for i, name in enumerate(words)]
+    columns += [Column(f"text_{i}", name, "data.text_columns", sparse=True) for i, name in enumerate(words)]
     if config.keyphrase_column is not None:
-        columns.append(Column("keyphrase", config.keyphrase_column, "data.keyphrase_column"))
+        columns.append(Column("keyphrase", config.keyphrase_column, "data.keyphrase_column", sparse=True))
     table = read_table(path, columns)
     ids = text_ids(table, "item").rename("item")
     titles = as_text(table, "title")
@@ -56,7 +59,12 @@ def read_catalogue(path: Path, config: DataConfig) -> Catalogue:
     if ids.len() == 0:
         raise UserError(f"{path}: the catalogue has no item; name a file with at least one row below the header")
     empty = titles.is_null() | (titles.str.strip_chars() == "").fill_null(False)
-    parts = pl.DataFrame([as_words(table, f"text_{i}") for i in range(len(words))])
+    columns_of_text = [as_words(table, f"text_{i}") for i in range(len(words))]
+    fixed = 0
+    if config.repair_text:
+        titles, fixed = repaired(titles)
+        columns_of_text = [repaired(values)[0].rename(f"text_{i}") for i, values in enumerate(columns_of_text)]
+    parts = pl.DataFrame(columns_of_text)
     texts = parts.select(pl.concat_str(pl.all(), separator=". ", ignore_nulls=True)).to_series()
     keyphrases = as_words(table, "keyphrase") if config.keyphrase_column is not None else pl.repeat(None, ids.len(), eager=True)
     return Catalogue(
@@ -66,6 +74,7 @@ def read_catalogue(path: Path, config: DataConfig) -> Catalogue:
         keyphrases.cast(pl.String).fill_null("").rename("keyphrase"),
         {name: parts[f"text_{i}"].fill_null("") for i, name in enumerate(config.text_columns)},
         int(empty.sum()),
+        fixed,
         str(path),
     )
 
@@ -74,7 +83,7 @@ def catalogue_of_log(items: pl.Series, where: str) -> Catalogue:
     """The items that a log holds, sorted by id, each id its own title."""
     ids = items.unique().sort().rename("item")
     nothing = pl.Series([""] * ids.len(), dtype=pl.String)
-    return Catalogue(ids, ids.rename("title"), nothing.rename("text"), nothing.rename("keyphrase"), {}, 0, where)
+    return Catalogue(ids, ids.rename("title"), nothing.rename("text"), nothing.rename("keyphrase"), {}, 0, 0, where)
 
 
 def kept(values: pl.Series, keep: np.ndarray) -> np.ndarray:

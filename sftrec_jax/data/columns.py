@@ -1,7 +1,9 @@
 """Columns as they come to columns with one meaning: ids as text, times as seconds, ratings as numbers."""
 
 import json
+from collections.abc import Iterator
 from datetime import UTC, datetime
+from typing import Any
 
 import polars as pl
 
@@ -22,13 +24,13 @@ def as_text(table: Table, role: str) -> pl.Series:
     """A column as text, nulls kept. UserError for bytes that are not UTF-8 and for nested values."""
     values = table.frame[role]
     dtype = values.dtype
-    if dtype.is_float():
-        whole = values.cast(pl.Int64, strict=False)
-        if ((whole.cast(dtype) == values) | values.is_null()).all():
-            values = whole
     if dtype.is_nested() or dtype == pl.Object:
         raise UserError(f"{table.where}: the {role} column holds {dtype}; name a column with one value a row")
     text = values.cast(pl.String, strict=False)
+    if dtype.is_float():  # each by itself, since a source may come in parts
+        whole = values.cast(pl.Int64, strict=False)
+        same = (whole.cast(dtype) == values).fill_null(False)
+        text = whole.cast(pl.String).zip_with(same, text)
     lost = text.is_null() & values.is_not_null()
     if lost.any():
         raise UserError(f"{table.where}: row {first_row(table, lost)} has a {role} that is not UTF-8; write it as UTF-8 text")
@@ -36,11 +38,13 @@ def as_text(table: Table, role: str) -> pl.Series:
 
 
 def as_words(table: Table, role: str) -> pl.Series:
-    """A column as text for reading; the parts of a list (a JSON array, or a list of Parquet) are joined by commas.
+    """A column as text for reading; the parts of a list (a JSON array, or a list of Parquet) and of lists in it joined by commas.
 
     Null where there is nothing but white space. UserError as in `as_text`.
     """
     values = table.frame[role]
+    while isinstance(values.dtype, pl.List) and isinstance(values.dtype.inner, pl.List):
+        values = values.list.eval(pl.element().explode())
     if isinstance(values.dtype, pl.List) and not values.dtype.inner.is_nested():  # pyright: ignore[reportAttributeAccessIssue]
         text = values.list.eval(pl.element().drop_nulls().cast(pl.String)).list.join(", ")
     else:
@@ -56,7 +60,15 @@ def _joined(text: str) -> str:
         parts = json.loads(text)
     except ValueError:
         return text
-    return ", ".join(str(part) for part in parts if part is not None) if isinstance(parts, list) else text
+    return ", ".join(_flat(parts)) if isinstance(parts, list) else text
+
+
+def _flat(parts: list[Any]) -> Iterator[str]:
+    for part in parts:
+        if isinstance(part, list):
+            yield from _flat(part)
+        elif part is not None:
+            yield str(part)
 
 
 def ratings(table: Table) -> pl.Series:
@@ -73,30 +85,34 @@ def ratings(table: Table) -> pl.Series:
     return values
 
 
-def times(table: Table) -> pl.DataFrame:
+LAST = 253_402_300_799
+"""Seconds at the end of the year 9999."""
+UNITS = {"s": 1, "ms": 1_000, "us": 1_000_000, "ns": 1_000_000_000}
+
+
+def times(table: Table, unit: str = "s") -> pl.DataFrame:
     """The times as `time` (int64 seconds, rounded down) and `fraction` (int64 nanoseconds below a second) [rows].
 
-    Numbers count seconds, as do texts that are numbers; other texts are ISO dates, UTC where they name no zone. A column is
-    numbers or dates, not both. UserError for a time that is missing or reads as neither.
+    Numbers count `unit`s, as do texts that are numbers; other texts are ISO dates, UTC where they name no zone. A column is
+    numbers or dates, not both. UserError for a time that is missing or reads as neither, and for one beyond the year 9999.
     """
-    raw = table.frame["time"]
+    raw, parts = table.frame["time"], UNITS[unit]
+    wanted = "a number of seconds" if unit == "s" else f"a number ({unit})"
     if raw.dtype == pl.String:
         raw = raw.str.strip_chars()
         integers, floats = raw.cast(pl.Int64, strict=False), raw.cast(pl.Float64, strict=False)
         if integers.is_not_null().all():
-            return _from_integers(integers)
+            return _checked(table, _from_integers(integers, parts), wanted)
         if floats.is_not_null().sum() * 2 >= raw.len():
-            parsed = _from_floats(floats)
+            parsed, whole = _from_floats(floats, parts), _from_integers(integers, parts)
             exact = integers.is_not_null()  # integers past 2^53 lose digits as floats
-            parsed = pl.DataFrame(
-                {"time": integers.zip_with(exact, parsed["time"]), "fraction": parsed["fraction"].set(exact, 0)}
-            )
-            return _checked(table, parsed, "a number of seconds")
+            parsed = pl.DataFrame({name: whole[name].zip_with(exact, parsed[name]) for name in ("time", "fraction")})
+            return _checked(table, parsed, wanted)
         return _checked(table, _from_iso(raw), "an ISO date such as 2015-03-01T12:00:00")
     if raw.dtype.is_integer():
-        return _checked(table, _from_integers(raw), "a number of seconds")
+        return _checked(table, _from_integers(raw, parts), wanted)
     if raw.dtype.is_float():
-        return _checked(table, _from_floats(raw), "a number of seconds")
+        return _checked(table, _from_floats(raw, parts), wanted)
     if raw.dtype == pl.Date or raw.dtype == pl.Datetime:
         moments = raw.cast(pl.Datetime("us")) if raw.dtype == pl.Date else raw
         seconds = moments.dt.timestamp("us") // 1_000_000
@@ -104,13 +120,13 @@ def times(table: Table) -> pl.DataFrame:
     raise UserError(f"{table.where}: the time column holds {raw.dtype}; give numbers of seconds, ISO dates or datetimes")
 
 
-def _from_integers(values: pl.Series) -> pl.DataFrame:
-    seconds = values.cast(pl.Int64, strict=False)
-    return pl.DataFrame({"time": seconds, "fraction": pl.repeat(0, seconds.len(), dtype=pl.Int64, eager=True)})
+def _from_integers(values: pl.Series, parts: int) -> pl.DataFrame:
+    numbers = values.cast(pl.Int64, strict=False)
+    return pl.DataFrame({"time": numbers // parts, "fraction": (numbers % parts) * (1_000_000_000 // parts)})
 
 
-def _from_floats(values: pl.Series) -> pl.DataFrame:
-    values = values.cast(pl.Float64)
+def _from_floats(values: pl.Series, parts: int) -> pl.DataFrame:
+    values = values.cast(pl.Float64) / parts
     seconds = values.floor().cast(pl.Int64, strict=False)
     fraction = ((values - values.floor()) * 1e9).cast(pl.Int64, strict=False)
     return pl.DataFrame({"time": seconds, "fraction": fraction})
@@ -144,6 +160,9 @@ def _checked(table: Table, parsed: pl.DataFrame, wanted: str) -> pl.DataFrame:
         raise UserError(
             f"{table.where}: row {first_row(table, bad)} has the time {value!r}, which is not {wanted}; correct or remove the row"
         )
+    if parsed.height and (beyond := parsed["time"] > LAST).any():
+        value, row = table.frame["time"].filter(beyond)[0], first_row(table, beyond)
+        raise UserError(f"{table.where}: row {row} has the time {value!r}, past the year 9999; set data.time_unit (ms, us or ns)")
     return parsed
 
 

@@ -1,9 +1,10 @@
 """Histories of all users and the catalogue, in memory and in a folder."""
 
 import hashlib
-import io
+import itertools
 import json
 import os
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -11,8 +12,11 @@ from typing import Any
 
 import numpy as np
 import polars as pl
+import pyarrow as pa
+import pyarrow.parquet as pq
 from polars.exceptions import PolarsError
 
+from sftrec_jax.data.parts import Part, parts
 from sftrec_jax.data.told import Many, Told
 from sftrec_jax.data.windows import Windows
 from sftrec_jax.errors import UserError
@@ -77,9 +81,18 @@ class Dataset:
     @property
     def trains(self) -> np.ndarray:
         """bool [N], which interactions are training targets: each training interaction of the source once."""
-        lengths = np.diff(self.offsets)
-        position = np.arange(len(self.items)) - np.repeat(self.offsets[:-1], lengths)
-        return (position >= np.repeat(self.train_begin, lengths)) & (position < np.repeat(self.train_end, lengths))
+        out = np.empty(len(self.items), bool)
+        for part in self.parts():
+            out[part.where] = self.trained(part)
+        return out
+
+    def parts(self) -> Iterator[Part]:
+        """All histories, about a million interactions at a time."""
+        return parts(self.offsets)
+
+    def trained(self, part: Part) -> np.ndarray:
+        """bool [n], which interactions of a part are training targets."""
+        return (part.position >= self.train_begin[part.owner]) & (part.position < self.train_end[part.owner])
 
     @property
     def training(self) -> Windows:
@@ -92,11 +105,10 @@ class Dataset:
         """Whether the data came as examples, with their split."""
         return self.report.get("split") == "given"
 
-    @property
+    @cached_property
     def timed(self) -> bool:
         """Whether the source has times; else `timestamps` are positions."""
-        position = np.arange(len(self.items)) - np.repeat(self.offsets[:-1], np.diff(self.offsets))
-        return not np.array_equal(self.timestamps, position)
+        return not all(np.array_equal(self.timestamps[part.where], part.position) for part in self.parts())
 
     @property
     def item_fields(self) -> dict[str, np.ndarray]:
@@ -109,20 +121,16 @@ class Dataset:
         rated = () if self.ratings is None else ("rating",)
         return (*rated, *(("gap", "date") if self.timed and not self.given else ()), *self.remarks)
 
-    @cached_property
-    def _all_told(self) -> Told:
-        gaps = np.diff(self.timestamps, prepend=0)
-        gaps[self.offsets[:-1][np.diff(self.offsets) > 0]] = -1
-        times = self.timestamps if "date" in self.interaction_fields else None
-        return Told(self.ratings, times, None if times is None else gaps, self.remarks)
-
     def told(self, user: int, end: int | None = None) -> Told:
         """What is told of the first `end` interactions of the user with this index (None: all), and of the user."""
         begin = int(self.offsets[user])
         here = slice(begin, int(self.offsets[user + 1]) if end is None else begin + end)
-        every = self._all_told
-        ratings, times, gaps = (None if x is None else x[here] for x in (every.ratings, every.times, every.gaps))
-        return Told(ratings, times, gaps, {n: v[here] for n, v in every.texts.items()}, self.profile(user))
+        times = self.timestamps[here] if "date" in self.interaction_fields else None
+        gaps = None if times is None else np.diff(times, prepend=times[:1])
+        if gaps is not None:
+            gaps[:1] = -1
+        ratings = None if self.ratings is None else self.ratings[here]
+        return Told(ratings, times, gaps, {name: values[here] for name, values in self.remarks.items()}, self.profile(user))
 
     def profile(self, user: int) -> dict[str, str]:
         """What is known of the user with this index."""
@@ -132,7 +140,12 @@ class Dataset:
     def told_in_training(self) -> Many:
         """What is told of all histories of `training`."""
         some = np.flatnonzero(self.train_end > self.train_begin).tolist()
-        return Many(self._all_told, [self.profile(user) for user in some] if self.profiles else None)
+        times, gaps = None, None
+        if "date" in self.interaction_fields:
+            times, gaps = self.timestamps, np.diff(self.timestamps, prepend=0)
+            gaps[self.offsets[:-1][np.diff(self.offsets) > 0]] = -1
+        told = Told(self.ratings, times, gaps, self.remarks)
+        return Many(told, [self.profile(user) for user in some] if self.profiles else None)
 
     def history(self, user: int) -> np.ndarray:
         """All items of the user with this index, int32 [n], oldest first."""
@@ -145,41 +158,48 @@ class Dataset:
     def save(self, folder: Path) -> None:
         """Writes interactions.parquet, users.parquet, catalogue.parquet, and dataset.json last with their SHA-256."""
         folder.mkdir(parents=True, exist_ok=True)
-        lengths = np.diff(self.offsets)
-        user = np.repeat(np.arange(len(lengths)), lengths)
-        position = np.arange(len(self.items)) - np.repeat(self.offsets[:-1], lengths)
-        frames = {
-            "interactions.parquet": pl.DataFrame(
-                {
-                    "user": pl.Series(user, dtype=pl.Int32),
-                    "item": pl.Series(self.items, dtype=pl.Int32),
-                    "timestamp": pl.Series(self.timestamps, dtype=pl.Int64),
-                    "position": pl.Series(position, dtype=pl.Int32),
-                    **({} if self.ratings is None else {"rating": pl.Series(self.ratings, dtype=pl.Float32)}),
-                    **{f"remark:{n}": pl.Series(v.tolist(), dtype=pl.String) for n, v in self.remarks.items()},
-                }
-            ),
-            "users.parquet": pl.DataFrame(
-                {
-                    "user_id": pl.Series(self.user_ids.tolist(), dtype=pl.String),
-                    "train_begin": self.train_begin,
-                    "train_end": self.train_end,
-                    "valid_position": self.valid_position,
-                    "test_position": self.test_position,
-                    **{f"profile:{n}": pl.Series(v.tolist(), dtype=pl.String) for n, v in self.profiles.items()},
-                }
-            ),
-            "catalogue.parquet": self._catalogue(),
+        writers: dict[str, Callable[[Path], None]] = {
+            "interactions.parquet": self._write_interactions,
+            "users.parquet": self._users().write_parquet,
+            "catalogue.parquet": self._catalogue().write_parquet,
         }
-        digests = {}
-        for name, frame in frames.items():
-            buffer = io.BytesIO()
-            frame.write_parquet(buffer)
-            digests[name] = hashlib.sha256(buffer.getvalue()).hexdigest()
-            _write_atomic(folder / name, buffer.getvalue())
+        digests = {name: _written(folder / name, write) for name, write in writers.items()}
         summary = {"format_version": FORMAT_VERSION, "files": digests, "report": self.report}
         text = json.dumps(summary, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-        _write_atomic(folder / "dataset.json", text.encode("utf-8"))
+        _written(folder / "dataset.json", lambda path: path.write_text(text, encoding="utf-8"))
+
+    def _write_interactions(self, path: Path) -> None:
+        tables = self._interactions()
+        first = next(tables)
+        with pq.ParquetWriter(path, first.schema, compression="zstd") as file:
+            for table in itertools.chain([first], tables):
+                file.write_table(table)
+
+    def _interactions(self) -> Iterator[pa.Table]:
+        for part in self.parts():
+            rated = {} if self.ratings is None else {"rating": pa.array(self.ratings[part.where], pa.float32())}
+            yield pa.table(
+                {
+                    "user": pa.array(part.owner.astype(np.int32)),
+                    "item": pa.array(self.items[part.where], pa.int32()),
+                    "timestamp": pa.array(self.timestamps[part.where], pa.int64()),
+                    "position": pa.array(part.position.astype(np.int32)),
+                    **rated,
+                    **{f"remark:{n}": pa.array(v[part.where].tolist(), pa.large_string()) for n, v in self.remarks.items()},
+                }
+            )
+
+    def _users(self) -> pl.DataFrame:
+        return pl.DataFrame(
+            {
+                "user_id": pl.Series(self.user_ids.tolist(), dtype=pl.String),
+                "train_begin": self.train_begin,
+                "train_end": self.train_end,
+                "valid_position": self.valid_position,
+                "test_position": self.test_position,
+                **{f"profile:{n}": pl.Series(v.tolist(), dtype=pl.String) for n, v in self.profiles.items()},
+            }
+        )
 
     def _catalogue(self) -> pl.DataFrame:
         text = self.text or ItemText(
@@ -211,12 +231,11 @@ class Dataset:
         interactions = _read_parquet(folder, "interactions.parquet", digests)
         users = _read_parquet(folder, "users.parquet", digests)
         catalogue = _read_parquet(folder, "catalogue.parquet", digests)
-        lengths = np.bincount(interactions["user"].to_numpy(), minlength=users.height)
         return cls(
             user_ids=np.array(users["user_id"].to_list(), dtype=object),
             item_ids=_texts(catalogue["item_id"]),
             titles=_texts(catalogue["title"]),
-            offsets=np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
+            offsets=np.searchsorted(interactions["user"].to_numpy(), np.arange(users.height + 1, dtype=np.int32)),
             items=interactions["item"].to_numpy(),
             timestamps=interactions["timestamp"].to_numpy(),
             train_end=users["train_end"].to_numpy(),
@@ -250,23 +269,36 @@ def _read(path: Path) -> bytes:
     try:
         return path.read_bytes()
     except OSError as error:
-        raise UserError(f"{path}: cannot read the prepared data ({error.strerror}); prepare the data first") from None
+        raise _unread(path, error) from None
+
+
+def _unread(path: Path, error: OSError) -> UserError:
+    return UserError(f"{path}: cannot read the prepared data ({error.strerror}); prepare the data first")
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _read_parquet(folder: Path, name: str, digests: dict[str, str]) -> pl.DataFrame:
-    data = _read(folder / name)
-    if hashlib.sha256(data).hexdigest() != digests.get(name):
-        raise UserError(f"{folder / name}: not the file that dataset.json describes (damaged or replaced); prepare it again")
     try:
-        return pl.read_parquet(io.BytesIO(data))
+        if _sha256(folder / name) != digests.get(name):
+            raise UserError(f"{folder / name}: not the file that dataset.json describes (damaged or replaced); prepare it again")
+        return pl.read_parquet(folder / name)
+    except OSError as error:
+        raise _unread(folder / name, error) from None
     except PolarsError as error:
         raise UserError(f"{folder / name}: not readable ({str(error).splitlines()[0]}); prepare the data again") from None
 
 
-def _write_atomic(path: Path, data: bytes) -> None:
+def _written(path: Path, write: Callable[[Path], Any]) -> str:
+    """Writes a file under another name and then renames it; gives its SHA-256."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        temporary.write_bytes(data)
+        write(temporary)
+        digest = _sha256(temporary)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+    return digest

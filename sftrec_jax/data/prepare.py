@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib.resources
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -9,26 +10,29 @@ import numpy as np
 import polars as pl
 
 from sftrec_jax.config import DataConfig, ProfileConfig
+from sftrec_jax.console import progress
 from sftrec_jax.data.catalogue import Catalogue, catalogue_of_log, item_indices, kept, read_catalogue
-from sftrec_jax.data.columns import as_words, ratings, text_ids, times
 from sftrec_jax.data.dataset import Dataset, ItemText
 from sftrec_jax.data.examples import PARTS, read_examples
-from sftrec_jax.data.histories import drop_duplicates, k_core, text_hashes, tied_in_file_order, tied_share, time_order
+from sftrec_jax.data.layouts import with_layout
+from sftrec_jax.data.log import Log, LogReader, k_core, tied_in_file_order, tied_share
+from sftrec_jax.data.parts import occurrences, parts
 from sftrec_jax.data.profiles import make_profiles
-from sftrec_jax.data.readers import TABLE_EXTENSIONS, read_table, unknown_type
-from sftrec_jax.data.sequences import read_sequences
+from sftrec_jax.data.readers import TABLE_EXTENSIONS, read_tables, unknown_type
+from sftrec_jax.data.sequences import is_json_sequences, read_json_sequences, read_sequences
 from sftrec_jax.data.splits import Split, leave_one_out, temporal
 from sftrec_jax.data.table import Column, Table
 from sftrec_jax.data.textfile import extension
 from sftrec_jax.data.tfds_source import read_tfds
 from sftrec_jax.errors import UserError
 
+REMARKS = ("review", "summary", "explanation")
 MOVIELENS = "movielens-latest-small"
 
 
 def prepare_dataset(config: DataConfig, profile: ProfileConfig | None = None) -> Dataset:
     """Reads log, catalogue and profiles, filters, orders and splits; UserError with file and row for what it cannot use."""
-    profile = ProfileConfig() if profile is None else profile
+    profile, config = ProfileConfig() if profile is None else profile, with_layout(config)
     with importlib.resources.as_file(importlib.resources.files("sftrec_jax.data") / "movielens") as folder:
         shown = config.source
         if config.source == MOVIELENS:
@@ -63,64 +67,101 @@ def _movielens(config: DataConfig, folder: Path) -> DataConfig:
 
 
 def _prepare(config: DataConfig, shown_source: str) -> Dataset:
-    table = _read_log(config)
-    timed = not table.in_order and config.time_column is not None
+    ordered = _is_sequences(config.source)
+    timed = not ordered and config.time_column is not None
     if config.split == "temporal" and not timed:
-        raise UserError(f"{table.where}: no time to split by; set data.time_column or data.split: leave_one_out")
-    log = _checked_log(table, config, timed)
-    catalogue = (
-        catalogue_of_log(log["item"], table.where) if config.catalogue is None else read_catalogue(Path(config.catalogue), config)
-    )
-    log = log.with_columns(item_indices(log, catalogue, table.where))
+        raise UserError(f"{config.source}: no time to split by; set data.time_column or data.split: leave_one_out")
+    catalogue = None if config.catalogue is None else read_catalogue(Path(config.catalogue), config)
+    remarks = [name for name in REMARKS if getattr(config, f"{name}_column") is not None]
+    rated = config.rating_column is not None
+    ids, where = (None, "") if catalogue is None else (catalogue.item_ids, catalogue.where)
+    with LogReader(timed, rated, config.min_rating, remarks, ids, where, config.missing_items, config.time_unit) as reader:
+        return _from(reader, config, ordered, catalogue, shown_source)
+
+
+def _from(reader: LogReader, config: DataConfig, ordered: bool, catalogue: Catalogue | None, shown_source: str) -> Dataset:
+    reader.take(_read_log(config, ordered), progress("reading", None, "interactions"))
+    _check_read(reader, config)
+    ranks = None
+    if catalogue is None:
+        names, ranks = reader.items.sorted()
+        catalogue = catalogue_of_log(pl.Series(names, dtype=pl.String), config.source)
     report: dict[str, Any] = {
         "source": shown_source,
-        "interactions_read": log.height,
-        "users_read": log["user"].n_unique(),
+        "interactions_read": reader.read,
+        "users_read": len(reader.users),
         "catalogue_items_read": catalogue.item_ids.len(),
         "missing_titles": catalogue.missing_titles,
         "missing_texts": int((catalogue.texts == "").sum()),
+        "repaired_titles": catalogue.repaired_titles,
+        "items_not_in_catalogue": reader.distinct_missing,
+        "interactions_of_items_not_in_catalogue": reader.missing_items,
+        "below_min_rating": reader.below_min_rating,
     }
-    log = _filtered(log, config, timed, report, table.where)
-
-    user_ids = log["user"].unique().sort()
-    codes = pl.DataFrame({"user": user_ids, "code": np.arange(user_ids.len(), dtype=np.int32)})
-    log = log.join(codes, on="user", how="left", maintain_order="left").with_columns(user=pl.col("code")).drop("code")
-    log = _ordered(log, timed, config.tie_seed, user_ids, catalogue)
+    log, report["duplicates_dropped"] = reader.finish(catalogue.item_ids.to_list(), ranks, config.tie_seed)
+    before, report["users_without_rows_left"] = len(log.items), int((log.counts == 0).sum())
+    report["core_rounds"] = k_core(log, config.user_core, config.item_core)
+    report["core_dropped_interactions"] = before - len(log.items)
+    log.drop_empty_users()
+    report["users_dropped"] = len(reader.users) - len(log.user_ids)
+    _check_left(log, reader, config)
+    timed = reader.timed
     report["tied_timestamp_share"] = tied_share(log) if timed else None
     report["tied_in_file_order_share"], report["tied_pairs"] = tied_in_file_order(log) if timed else (None, 0)
-
-    items = log["item"].to_numpy()
-    remarks = [name for name in ("review", "summary", "explanation") if getattr(config, f"{name}_column") is not None]
-    counts = np.bincount(items, minlength=catalogue.item_ids.len())
+    texts = {name: np.array([values[row] for row in log.rows.tolist()], dtype=object) for name, values in log.remarks.items()}
+    counts = occurrences(log.items, catalogue.item_ids.len())
     keep = counts >= config.item_core
     item_ids, titles = kept(catalogue.item_ids, keep), kept(catalogue.titles, keep)
-    offsets = np.concatenate([[0], np.cumsum(np.bincount(log["user"].to_numpy()))]).astype(np.int64)
-    timestamps = log["time"].to_numpy()
+    offsets, timestamps = log.offsets, log.times
+    log.rows = np.zeros(0, np.int64)
+    if not timed:
+        for part in parts(offsets):
+            timestamps[part.where] = part.position
     split = _split(config, offsets, timestamps, report)
     report |= {
-        "users": user_ids.len(),
+        "users": len(log.user_ids),
         "items": len(item_ids),
         "items_without_interactions": int((counts[keep] == 0).sum()),
-        "interactions": log.height,
+        "interactions": len(log.items),
         "training_interactions": int(split.train_end.sum()),
         "validation_targets": int((split.valid_position >= 0).sum()),
         "test_targets": int((split.test_position >= 0).sum()),
         "test_targets_without_history": int((split.test_position == 0).sum()),
     }
     return Dataset(
-        user_ids=np.array(user_ids.to_list(), dtype=object),
+        user_ids=np.array(log.user_ids, dtype=object),
         item_ids=item_ids,
         titles=titles,
         offsets=offsets,
-        items=(np.cumsum(keep) - 1)[items].astype(np.int32),
+        items=log.items if keep.all() else (np.cumsum(keep) - 1).astype(np.int32)[log.items],
         timestamps=timestamps,
         train_end=split.train_end,
         valid_position=split.valid_position,
         test_position=split.test_position,
         report=report,
         text=_item_text(catalogue, keep),
-        ratings=log["rating"].to_numpy().astype(np.float32) if config.rating_column is not None else None,
-        remarks={name: np.array(log[name].to_list(), dtype=object) for name in remarks},
+        ratings=log.ratings,
+        remarks=texts,
+    )
+
+
+def _check_read(reader: LogReader, config: DataConfig) -> None:
+    if reader.read == 0:
+        raise UserError(f"{config.source}: no interactions; name a log with at least two users")
+    if len(reader.users) < 2:
+        only = reader.users.sorted()[0][0]
+        raise UserError(f"{config.source}: only one user ({only!r}); a recommender needs at least two, check data.user_column")
+
+
+def _check_left(log: Log, reader: LogReader, config: DataConfig) -> None:
+    if len(log.user_ids) >= 2:
+        return
+    lower = [f"data.user_core ({config.user_core})", f"data.item_core ({config.item_core})"]
+    if config.min_rating is not None:
+        lower.append(f"data.min_rating ({config.min_rating})")
+    raise UserError(
+        f"{config.source}: of {reader.read} interactions and {len(reader.users)} users the filters leave {len(log.items)} and "
+        f"{len(log.user_ids)} (at least two users are needed); lower {' or '.join(lower)}"
     )
 
 
@@ -170,6 +211,7 @@ def _prepare_examples(config: DataConfig) -> Dataset:
             "catalogue_items_read": len(everything),
             "missing_titles": catalogue.missing_titles,
             "missing_texts": int((catalogue.texts == "").sum()),
+            "repaired_titles": catalogue.repaired_titles,
             "training_interactions": read.counts["train"],
             "validation_targets": read.counts["valid"],
             "test_targets": read.counts["test"],
@@ -181,75 +223,29 @@ def _prepare_examples(config: DataConfig) -> Dataset:
     return dataset
 
 
-def _read_log(config: DataConfig) -> Table:
-    if not config.source.startswith("tfds:") and extension(Path(config.source)) == ".txt":
+def _is_sequences(source: str) -> bool:
+    """Whether a source has a user's items in one place, in time order."""
+    path = Path(source)
+    if source.startswith("tfds:") or path.is_dir():
+        return False
+    return extension(path) == ".txt" or (extension(path) == ".json" and is_json_sequences(path))
+
+
+def _read_log(config: DataConfig, ordered: bool) -> Iterable[Table]:
+    path = Path(config.source)
+    if ordered:
         if config.rating_column is not None:
             raise UserError(f"{config.source}: a sequence file has no ratings; set data.rating_column: null")
-        return read_sequences(Path(config.source))
+        return read_sequences(path) if extension(path) == ".txt" else [read_json_sequences(path)]
     columns = [Column("user", config.user_column, "data.user_column"), Column("item", config.item_column, "data.item_column")]
-    if config.time_column is not None:
-        columns.append(Column("time", config.time_column, "data.time_column"))
-    if config.rating_column is not None:
-        columns.append(Column("rating", config.rating_column, "data.rating_column"))
-    for role in ("review", "summary", "explanation"):
+    for role in ("time", "rating", *REMARKS):
         name = getattr(config, f"{role}_column")
-        columns += [] if name is None else [Column(role, name, f"data.{role}_column")]
+        columns += [] if name is None else [Column(role, name, f"data.{role}_column", sparse=role in REMARKS)]
     if config.source.startswith("tfds:"):
         return read_tfds(config.source, columns)
-    path = Path(config.source)
-    if path.exists() and extension(path) not in TABLE_EXTENSIONS:
+    if path.is_file() and extension(path) not in TABLE_EXTENSIONS:
         raise unknown_type(path, (*TABLE_EXTENSIONS, ".txt (one user a line)"))
-    return read_table(path, columns)
-
-
-def _checked_log(table: Table, config: DataConfig, timed: bool) -> pl.DataFrame:
-    """Columns user, item (text), row, time, fraction (int64), and rating (float64) when one is configured."""
-    if table.frame.height == 0:
-        raise UserError(f"{table.where}: no interactions; name a log with at least two users")
-    log = pl.DataFrame({"user": text_ids(table, "user"), "item": text_ids(table, "item"), "row": table.frame["row"]})
-    if log["user"].n_unique() < 2:
-        raise UserError(
-            f"{table.where}: only one user ({log['user'][0]!r}); a recommender needs at least two, check data.user_column"
-        )
-    if timed:
-        log = log.hstack(times(table))
-    else:
-        log = log.with_columns(time=pl.int_range(pl.len(), dtype=pl.Int64), fraction=pl.lit(0, dtype=pl.Int64))
-    for role in ("review", "summary", "explanation"):
-        if role in table.frame.columns:
-            log = log.with_columns(as_words(table, role).fill_null("").alias(role))
-    return log if config.rating_column is None else log.with_columns(rating=ratings(table))
-
-
-def _filtered(log: pl.DataFrame, config: DataConfig, timed: bool, report: dict[str, Any], where: str) -> pl.DataFrame:
-    read, users = log.height, log["user"].n_unique()
-    if config.min_rating is not None:
-        log = log.filter(pl.col("rating") >= config.min_rating)
-    report["below_min_rating"] = read - log.height
-    before = log.height
-    if timed:
-        log = drop_duplicates(log)
-    report["duplicates_dropped"] = before - log.height
-    before = log.height
-    log, report["core_rounds"] = k_core(log, config.user_core, config.item_core)
-    report["core_dropped_interactions"] = before - log.height
-    report["users_dropped"] = users - log["user"].n_unique()
-    if log["user"].n_unique() < 2:
-        lower = [f"data.user_core ({config.user_core})", f"data.item_core ({config.item_core})"]
-        if config.min_rating is not None:
-            lower.append(f"data.min_rating ({config.min_rating})")
-        raise UserError(
-            f"{where}: of {read} interactions and {users} users the filters leave {log.height} and {log['user'].n_unique()}"
-            f" (at least two users are needed); lower {' or '.join(lower)}"
-        )
-    return log
-
-
-def _ordered(log: pl.DataFrame, timed: bool, tie_seed: int, user_ids: pl.Series, catalogue: Catalogue) -> pl.DataFrame:
-    if timed:
-        users = text_hashes(user_ids.to_list(), tie_seed, "user")
-        return time_order(log, users, text_hashes(catalogue.item_ids.to_list(), tie_seed, "item"))
-    return log.sort("user", "time").with_columns(time=pl.int_range(pl.len(), dtype=pl.Int64).over("user"))
+    return read_tables(path, columns)
 
 
 def _split(config: DataConfig, offsets: np.ndarray, timestamps: np.ndarray, report: dict[str, Any]) -> Split:

@@ -132,7 +132,10 @@ class PromptBuilder:
     def examples(self, train_history: np.ndarray, begin: int = 0) -> list[Example]:
         """The training examples of one history, each by itself; arguments and errors as `segments`."""
         items = np.asarray(train_history, np.int32)
-        histories = Windows(*(np.asarray([at], np.int64) for at in (0, begin, len(items))))
+        return self.examples_of(items, Windows(*(np.asarray([at], np.int64) for at in (0, begin, len(items)))))
+
+    def examples_of(self, items: np.ndarray, histories: Windows) -> list[Example]:
+        """The same of many histories; of what `segments` costs, much is for the catalogue and not for a history."""
         made = self.segments(items, histories)
         return (made if self.format == "stream" else made.apart()).examples()
 

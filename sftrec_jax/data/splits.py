@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from sftrec_jax.data.parts import parts
 from sftrec_jax.errors import UserError
 
 
@@ -55,5 +56,8 @@ def temporal(offsets: np.ndarray, timestamps: np.ndarray, valid_fraction: float,
 
 
 def _count_before(offsets: np.ndarray, timestamps: np.ndarray, moment: int) -> np.ndarray:
-    running = np.concatenate([[0], np.cumsum(timestamps < moment)]).astype(np.int64)
-    return running[offsets[1:]] - running[offsets[:-1]]
+    counts = np.zeros(len(offsets) - 1, np.int64)
+    for part in parts(offsets):
+        before = part.owner[timestamps[part.where] < moment] - part.first
+        counts[part.first : part.last] = np.bincount(before, minlength=part.last - part.first)
+    return counts

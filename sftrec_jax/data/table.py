@@ -19,6 +19,8 @@ class Column:
     """Name of the column in the source."""
     setting: str
     """Configuration key that chose the name, for messages."""
+    sparse: bool = False
+    """Whether most rows may lack it."""
 
 
 @dataclass(frozen=True)
@@ -28,8 +30,6 @@ class Table:
     frame: pl.DataFrame
     where: str
     """The source, for messages."""
-    in_order: bool = False
-    """The source has no time: its rows are in time order by definition of the format."""
 
 
 def require_columns(where: str, columns: Sequence[Column], present: Sequence[str]) -> None:

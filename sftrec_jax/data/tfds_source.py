@@ -2,7 +2,7 @@
 
 import importlib
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from sftrec_jax.data.table import Column, Table, by_role, require_columns
 from sftrec_jax.errors import UserError
 
 _BLOCK = 4096
+_PART = 256 * _BLOCK
 _SPLIT = re.compile(r"(.+):([A-Za-z_]\w*(?:\[[^\]]*\])?)")
 
 
@@ -24,8 +25,8 @@ def parse_source(source: str) -> tuple[str, str | None]:
     return (match[1], match[2]) if match else (rest, None)
 
 
-def read_tfds(source: str, columns: Sequence[Column]) -> Table:
-    """Reads the named features of one split; `row` counts examples from 1.
+def read_tfds(source: str, columns: Sequence[Column]) -> Iterator[Table]:
+    """Reads the named features of one split in parts of about a million; `row` counts examples from 1.
 
     A folder is read in place. A name goes through `tfds.builder`, which may download. Bytes are text in UTF-8.
     Without a split: the only one, or `train`. UserError for a folder without a data set, another file format than
@@ -47,14 +48,19 @@ def read_tfds(source: str, columns: Sequence[Column]) -> Table:
     except (ValueError, FileNotFoundError) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"{source}: cannot open split {split!r} ({reason}); prepare the data set again") from None
+    for begin in range(0, max(1, len(examples)), _PART):
+        yield _part(source, examples, begin, names, columns)
+
+
+def _part(source: str, examples: Any, begin: int, names: Sequence[str], columns: Sequence[Column]) -> Table:
     values: dict[str, list[Any]] = {n: [] for n in names}
-    for start in range(0, len(examples), _BLOCK):
+    for start in range(begin, min(begin + _PART, len(examples)), _BLOCK):
         block = examples.__getitems__(range(start, min(start + _BLOCK, len(examples))))  # four times faster than one by one
         for row, example in enumerate(block, start=start + 1):
             for n in names:
                 values[n].append(_plain(source, row, n, example[n]))
     series = [pl.Series(n, v, strict=False) for n, v in values.items()]
-    return Table(by_role(pl.DataFrame(series), columns, pl.int_range(1, pl.len() + 1)), source)
+    return Table(by_role(pl.DataFrame(series), columns, pl.int_range(begin + 1, begin + pl.len() + 1)), source)
 
 
 def _builder(source: str, name: str) -> Any:

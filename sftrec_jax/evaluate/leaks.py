@@ -17,7 +17,10 @@ import numpy as np
 from scipy.stats import binom
 
 from sftrec_jax.data.dataset import Dataset
+from sftrec_jax.data.parts import SIZE
 from sftrec_jax.data.prompts import PromptBuilder
+from sftrec_jax.data.windows import Windows
+from sftrec_jax.evaluate.sequences import Sequences, window_hashes
 
 NAMES: tuple[str, ...] = (
     "numbering",
@@ -33,6 +36,8 @@ TARGETS = 20_000
 """Held-out targets whose prompts are written."""
 EXCHANGES = 5
 """Targets of other users that each is compared with."""
+USERS = 256
+"""Histories whose examples are written at once."""
 TOKENS = 4_000_000
 """Training tokens that are searched for answers."""
 TIMES_CHANCE = 3
@@ -103,7 +108,7 @@ def numbering(dataset: Dataset, numbers: np.ndarray) -> Outcome:
     """
     held = HeldOut.of(dataset)
     before, target = dataset.items[held.at - 1].astype(np.int64), dataset.items[held.at].astype(np.int64)
-    fresh = ~np.isin(_unordered(before, target, dataset), _training_neighbours(dataset))
+    fresh = ~_neighbours_in_training(before, target, dataset)
     if not fresh.any():
         return "every held-out pair stands side by side in training, too"
     step = numbers[target] - numbers[before]
@@ -226,10 +231,9 @@ def duplicate_rows(dataset: Dataset) -> Outcome:
     held = HeldOut.of(dataset)
     if not len(held.at):
         return "no held-out target has an item before it"
-    owner = _owner(dataset)
     way_out = "drop the doubled rows before the split"
     if dataset.timed:
-        again = np.flatnonzero(_in_training(dataset, owner, held))
+        again = np.flatnonzero(_in_training(dataset, held))
         if len(again):
             return Finding(
                 "duplicate_rows",
@@ -238,17 +242,16 @@ def duplicate_rows(dataset: Dataset) -> Outcome:
             )
     else:
         repeats = dataset.items[held.at] == dataset.items[held.at - 1]
-        places = np.flatnonzero(dataset.trains[1:] & (owner[1:] == owner[:-1])) + 1
-        usual = int((dataset.items[places] == dataset.items[places - 1]).sum())
-        chance = (usual + 1) / (len(places) + 1)
+        usual, pairs = _repeats_in_training(dataset)
+        chance = (usual + 1) / (pairs + 1)
         count = int(repeats.sum())
         if count >= max(REPEATS, 2 * chance) * len(held.at) and binom.sf(count - 1, len(held.at), chance) < P_VALUE:
             return Finding(
                 "duplicate_rows",
-                f"{count:,} of {len(held.at):,} held-out targets repeat the item before them, which {usual:,} of {len(places):,} "
+                f"{count:,} of {len(held.at):,} held-out targets repeat the item before them, which {usual:,} of {pairs:,} "
                 f"training targets do; for example {_shown(dataset, held, int(repeats.argmax()))}; {way_out}",
             )
-    alike = _alike(dataset, owner, held)
+    alike = _alike(dataset, held)
     if len(alike) < max(3, LEAST_SHARE * len(held.at)):
         return None
     return Finding(
@@ -270,11 +273,14 @@ def answers_in_training(dataset: Dataset, prompts: PromptBuilder, seed: int = 0)
     sequences: list[np.ndarray] = []
     read = np.zeros(len(dataset.user_ids), bool)
     size = 0
-    for user in order.tolist():
+    for users in np.array_split(order, -(-len(order) // USERS)) if len(order) else ():
         if size >= TOKENS:
             break
-        read[user] = True
-        for example in prompts.examples(dataset.train_history(user), int(dataset.train_begin[user])):
+        read[users] = True
+        ends = np.cumsum(dataset.train_end[users])
+        begins = ends - dataset.train_end[users]
+        items = np.concatenate([dataset.train_history(user) for user in users.tolist()])
+        for example in prompts.examples_of(items, Windows(begins, begins + dataset.train_begin[users], ends)):
             sequences.append(np.append(example.tokens, example.labels[-1:]))
             size += len(sequences[-1])
     held = HeldOut.of(dataset)
@@ -296,7 +302,7 @@ def answers_in_training(dataset: Dataset, prompts: PromptBuilder, seed: int = 0)
             foreign += [np.concatenate([shown, _code(prompts, target)]) for target in others[i]]
     if not own or not sequences:
         return "no training example can hold three items and the one after them (prompt.max_history, train.row_length)"
-    index = _Sequences(sequences, min(map(len, [*own, *foreign])))
+    index = Sequences(sequences, min(map(len, [*own, *foreign])))
     found = [i for i, hit in zip(rows, index.hold(own), strict=True) if hit]
     by_chance = sum(index.hold(foreign))
     if not _beyond_chance(len(found), len(own), by_chance, len(foreign)):
@@ -309,19 +315,26 @@ def answers_in_training(dataset: Dataset, prompts: PromptBuilder, seed: int = 0)
     )
 
 
-def _owner(dataset: Dataset) -> np.ndarray:
-    return np.repeat(np.arange(len(dataset.user_ids)), np.diff(dataset.offsets))
-
-
 def _unordered(first: np.ndarray, second: np.ndarray, dataset: Dataset) -> np.ndarray:
     return np.minimum(first, second).astype(np.int64) * len(dataset.item_ids) + np.maximum(first, second)
 
 
-def _training_neighbours(dataset: Dataset) -> np.ndarray:
-    owner = _owner(dataset)
-    position = np.arange(len(owner)) - dataset.offsets[owner]
-    places = np.flatnonzero((owner[1:] == owner[:-1]) & (position < dataset.train_end[owner])[1:]) + 1
-    return np.unique(_unordered(dataset.items[places - 1], dataset.items[places], dataset))
+def _neighbours_in_training(first: np.ndarray, second: np.ndarray, dataset: Dataset) -> np.ndarray:
+    """bool [n], whether two items (int64 [n] each) ever stand side by side, in either order, in a training part."""
+    wanted, index = np.unique(_unordered(first, second, dataset), return_inverse=True)
+    found = np.zeros(len(wanted), bool)
+    for part in dataset.parts() if len(wanted) else ():
+        items = dataset.items[part.where]
+        later = np.flatnonzero((part.position >= 1) & (part.position < dataset.train_end[part.owner]))
+        at, there = _among(wanted, _unordered(items[later - 1], items[later], dataset))
+        found[at[there]] = True
+    return found[index]
+
+
+def _among(keys: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Where values [n] stand among keys, which rise (int64 [n]), and whether they do (bool [n])."""
+    at = np.minimum(np.searchsorted(keys, values), len(keys) - 1)
+    return at, keys[at] == values
 
 
 def _exchanged(dataset: Dataset, held: HeldOut, seed: int) -> list[list[int]]:
@@ -382,23 +395,25 @@ def _ranks(dataset: Dataset) -> dict[str, np.ndarray]:
 
 
 def _tied(dataset: Dataset, rank: np.ndarray) -> str | None:
-    owner = _owner(dataset)
-    same = (owner[1:] == owner[:-1]) & (dataset.timestamps[1:] == dataset.timestamps[:-1])
-    step = (rank[dataset.items[1:]] - rank[dataset.items[:-1]])[same]
-    up, count = int((step > 0).sum()), int((step != 0).sum())
+    up = count = 0
+    for part in dataset.parts():
+        items, times = dataset.items[part.where], dataset.timestamps[part.where]
+        later = np.flatnonzero((part.position[1:] > 0) & (times[1:] == times[:-1])) + 1
+        step = rank[items[later]] - rank[items[later - 1]]
+        up, count = up + int((step > 0).sum()), count + int((step != 0).sum())
     return f"of {count:,} neighbours of equal time, {up / count:.1%} rise (chance: 50 %)" if _one_sided(up, count) else None
 
 
 def _sorted_runs(dataset: Dataset, rank: np.ndarray) -> str | None:
-    starts = np.repeat(dataset.offsets[:-1], np.diff(dataset.offsets))
-    last = np.arange(len(starts))
-    if dataset.given:  # rows of a user overlap: each target once
-        last = dataset.offsets[1:] - 1
-        last = last[last >= dataset.offsets[:-1]]
-    last = last[last - FAR >= starts[last]]
-    near, far = (np.sign(rank[dataset.items[last]] - rank[dataset.items[last - step]]) for step in (1, FAR))
-    distinct = (near != 0) & (far != 0)
-    near, far = near[distinct] > 0, far[distinct] > 0
+    rises: list[np.ndarray] = []
+    for part in dataset.parts():
+        last = part.position >= FAR
+        if dataset.given:  # rows of a user overlap: each target once
+            last &= part.position == np.diff(dataset.offsets)[part.owner] - 1
+        ranks, last = rank[dataset.items[part.where]], np.flatnonzero(last)
+        steps = np.stack([np.sign(ranks[last] - ranks[last - step]) for step in (1, FAR)])
+        rises.append(steps[:, (steps != 0).all(axis=0)] > 0)
+    near, far = np.concatenate(rises, axis=1) if rises else np.zeros((2, 0), bool)
     if not len(near):
         return None
     share, gap = float(near.mean()), float(near.mean() - far.mean())
@@ -414,44 +429,56 @@ def _sorted_runs(dataset: Dataset, rank: np.ndarray) -> str | None:
     return f"of {len(near):,} neighbours, {share:.1%} rise, of items {FAR} steps apart {far.mean():.1%}{why}"
 
 
-def _in_training(dataset: Dataset, owner: np.ndarray, held: HeldOut) -> np.ndarray:
+def _in_training(dataset: Dataset, held: HeldOut) -> np.ndarray:
     """bool [n], whether user, item and time of a target are those of a training interaction."""
-    rows = np.stack([owner, dataset.items, dataset.timestamps], axis=1).astype(np.int64)
-    _, index = np.unique(rows, axis=0, return_inverse=True)
-    trained = np.bincount(index[dataset.trains], minlength=len(rows)) > 0
-    return trained[index[held.at]]
+    twins: list[np.ndarray] = []
+    for position in (dataset.valid_position, dataset.test_position):
+        target = np.where(position >= 1, dataset.offsets[:-1] + position, -1)
+        for part in dataset.parts():
+            at = target[part.owner]
+            same = dataset.trained(part) & (at >= 0) & (dataset.items[part.where] == dataset.items[at])
+            twins.append(np.unique(at[same & (dataset.timestamps[part.where] == dataset.timestamps[at])]))
+    return np.isin(held.at, np.concatenate(twins))
 
 
-def _alike(dataset: Dataset, owner: np.ndarray, held: HeldOut) -> list[int]:
+def _repeats_in_training(dataset: Dataset) -> tuple[int, int]:
+    """Of training targets with an item before them, how many repeat it, and their number."""
+    repeats = pairs = 0
+    for part in dataset.parts():
+        items = dataset.items[part.where]
+        later = np.flatnonzero(dataset.trained(part) & (part.position >= 1))
+        repeats, pairs = repeats + int((items[later] == items[later - 1]).sum()), pairs + len(later)
+    return repeats, pairs
+
+
+def _alike(dataset: Dataset, held: HeldOut) -> list[int]:
     """Targets (places in `held`) that stand with the `ALIKE` items before them in another history's training part."""
     width = ALIKE + 1
-    places = np.arange(len(owner))
-    position = places - dataset.offsets[owner]
-    trained = places[(position >= ALIKE) & (position < dataset.train_end[owner])]
-    asked = np.flatnonzero(position[held.at] >= ALIKE)
-    if not len(trained) or not len(asked):
-        return []
-    hashes = _window_hashes(dataset.items.astype(np.uint64), width)  # of the window that begins at a place
-    order = trained[np.argsort(hashes[trained - ALIKE], kind="stable")]
-    keys = hashes[order - ALIKE]
-    wanted = hashes[held.at[asked] - ALIKE]
-    low, high = np.searchsorted(keys, wanted, "left"), np.searchsorted(keys, wanted, "right")
-    found = []
-    for i, begin, end in zip(asked.tolist(), low.tolist(), high.tolist(), strict=True):
-        at = int(held.at[i])
-        window = dataset.items[at - ALIKE : at + 1]
-        if any(owner[p] != owner[at] and np.array_equal(dataset.items[p - ALIKE : p + 1], window) for p in order[begin:end]):
-            found.append(i)
-    return found
-
-
-def _window_hashes(values: np.ndarray, width: int) -> np.ndarray:
-    """uint64 [len - width + 1] polynomial hashes of all windows of uint64 values; equal windows have equal hashes."""
-    hashes = np.zeros(max(0, len(values) - width + 1), np.uint64)
-    with np.errstate(over="ignore"):
-        for step in range(width):
-            hashes = hashes * np.uint64(0x9E3779B97F4A7C15) + values[step : step + len(hashes)] + np.uint64(1)
-    return hashes
+    asked = np.flatnonzero(held.at - dataset.offsets[held.users] >= ALIKE)
+    hashes = np.empty(len(asked), np.uint64)
+    for begin in range(0, len(asked), SIZE):
+        windows = dataset.items[held.at[asked[begin : begin + SIZE], None] + np.arange(-ALIKE, 1)]
+        hashes[begin : begin + SIZE] = window_hashes(windows.astype(np.uint64).ravel(), width)[::width]
+    by_key = np.argsort(hashes, kind="stable")
+    keys, first = np.unique(hashes[by_key], return_index=True)
+    after = np.append(first[1:], len(asked))
+    found = np.zeros(len(asked), bool)
+    for part in dataset.parts() if len(keys) else ():
+        items = dataset.items[part.where]
+        trained = np.flatnonzero((part.position >= ALIKE) & (part.position < dataset.train_end[part.owner]))
+        values = window_hashes(items.astype(np.uint64), width)[trained - ALIKE]
+        order = np.argsort(values, kind="stable")
+        key_of, there = _among(keys, values[order])
+        trained, key_of = trained[order][there], key_of[there]
+        for key in np.unique(key_of).tolist():
+            places = trained[np.searchsorted(key_of, key) : np.searchsorted(key_of, key, "right")].tolist()
+            for i in by_key[first[key] : after[key]].tolist():
+                if found[i]:
+                    continue
+                user, at = held.users[asked[i]], held.at[asked[i]]
+                window = dataset.items[at - ALIKE : at + 1]
+                found[i] = any(part.owner[p] != user and np.array_equal(items[p - ALIKE : p + 1], window) for p in places)
+    return asked[found].tolist()
 
 
 def _code(prompts: PromptBuilder, item: int) -> np.ndarray:
@@ -469,30 +496,3 @@ def _shown_before(prompts: PromptBuilder, history: np.ndarray) -> np.ndarray | N
         if len(shown) + prompts.codes.codes.shape[1] + len(prompts.beginning) <= prompts.context:
             return shown
     return None
-
-
-class _Sequences:
-    """Finds parts in many token sequences, by hashes of windows of `width` tokens, then token by token."""
-
-    def __init__(self, sequences: list[np.ndarray], width: int) -> None:
-        self._width = min(width, 16)
-        self._tokens = np.concatenate([np.append(s, -1) for s in sequences]).astype(np.int64)  # no part holds a -1
-        hashes = _window_hashes(self._tokens.astype(np.uint64), self._width)
-        self._hashes, self._order = hashes, np.argsort(hashes, kind="stable")
-        self._sorted = hashes[self._order]
-
-    def hold(self, parts: list[np.ndarray]) -> list[bool]:
-        """Whether each part (int [at least `width`]) stands in one of the sequences, without a gap."""
-        ends = np.stack([part[-self._width :] for part in parts]) if parts else np.zeros((0, self._width))
-        wanted = _window_hashes(ends.astype(np.uint64).ravel(), self._width)[:: self._width]
-        low, high = (np.searchsorted(self._sorted, wanted, side).tolist() for side in ("left", "right"))
-        return [self._holds(p, self._order[a:b]) for p, a, b in zip(parts, low, high, strict=True)]
-
-    def _holds(self, part: np.ndarray, ends: np.ndarray) -> bool:
-        if not len(ends):
-            return False
-        begins = ends + self._width - len(part)
-        begins = begins[begins >= 0]
-        first = _window_hashes(part[: self._width].astype(np.uint64), self._width)
-        begins = begins[self._hashes[begins] == first]
-        return any(np.array_equal(self._tokens[b : b + len(part)], part) for b in begins.tolist())

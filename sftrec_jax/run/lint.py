@@ -85,18 +85,22 @@ def training_hash(dataset: Dataset) -> str:
 
     It does not depend on items that nobody trains, on the order of the catalogue or on held-out interactions.
     """
-    trains = dataset.trains
-    users = np.repeat(np.arange(len(dataset.user_ids)), np.diff(dataset.offsets))[trains]
-    items, index = np.unique(dataset.items[trains], return_inverse=True)
-    order = sorted(range(len(items)), key=lambda i: str(dataset.item_ids[items[i]]))
-    rank = np.empty(len(items), np.int64)
-    rank[order] = np.arange(len(items))
-    present, counts = np.unique(users, return_counts=True)
+    counts = np.maximum(dataset.train_end - dataset.train_begin, 0)
+    present = np.flatnonzero(counts)
+    taken = np.zeros(len(dataset.item_ids), bool)
+    for part in dataset.parts():
+        taken[dataset.items[part.where][dataset.trained(part)]] = True
+    order = sorted(np.flatnonzero(taken).tolist(), key=lambda item: str(dataset.item_ids[item]))
+    rank = np.zeros(len(taken), np.dtype("<i8"))
+    rank[order] = np.arange(len(order))
     digest = hashlib.sha256()
-    for texts in ([dataset.user_ids[u] for u in present], [dataset.item_ids[items[i]] for i in order]):
-        digest.update(len(texts).to_bytes(8, "little") + b"".join(_text(text) for text in texts))
-    for numbers in (counts, rank[index]):
-        digest.update(np.ascontiguousarray(numbers, np.dtype("<i8")).tobytes())
+    for texts in (dataset.user_ids[present], dataset.item_ids[order]):
+        digest.update(len(texts).to_bytes(8, "little"))
+        for text in texts:
+            digest.update(_text(text))
+    digest.update(counts[present].astype("<i8").tobytes())
+    for part in dataset.parts():
+        digest.update(rank[dataset.items[part.where][dataset.trained(part)]].tobytes())
     return digest.hexdigest()
 
 

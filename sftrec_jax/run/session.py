@@ -36,6 +36,7 @@ from sftrec_jax.model.sharding import named_arrays, with_arrays
 from sftrec_jax.run.fill_profiles import fill_profiles
 from sftrec_jax.run.folder import RunFolder, open_folder
 from sftrec_jax.run.naming import name_items
+from sftrec_jax.run.summary import data_table, other_counts
 from sftrec_jax.run.vectors import Vectoriser
 from sftrec_jax.train.checkpoint import Checkpoints
 
@@ -203,14 +204,15 @@ def prepare(folder: RunFolder, config: RunConfig) -> Session:
         )
         order += tied if dataset.timed else "in the order of the source"
     console.print(f"data: {order}")
-    for key, value in dataset.report.items():
-        console.print(f"  {key}: {value}")
     codes = session.codes
     console.print(
         f"items: {config.items.tokenizer}, {codes.codes.shape[1]} tokens at most, {len(codes.new_tokens):,} new tokens; "
         f"base {session.source.label}"
     )
     check_leaks(session)
+    console.print(data_table(dataset.report, config.data), soft_wrap=False)
+    for line in other_counts(dataset.report):
+        console.print(f"  {line}", markup=False)
     return session
 
 
