@@ -11,10 +11,15 @@ fail() {
     exit 2
 }
 
-# Prints a command the way a shell would read it back, and runs it unless --dry-run.
-act() {
+# Prints a command the way a shell would read it back.
+shown() {
     printf '%q ' "$@" | sed 's/ $//'
     printf '\n'
+}
+
+# Prints a command and runs it unless --dry-run.
+act() {
+    shown "$@"
     if [[ "$DRY_RUN" == 0 ]]; then
         command -v "$1" >/dev/null 2>&1 || fail "$1 is not installed here"
         "$@"

@@ -16,7 +16,10 @@ usage: launch/gke.sh run|delete --cluster C --name NAME --zone ZONE [OPTIONS] [-
            `sftrec run`; DIR is a folder that all pods see, such as a mounted bucket
   delete   removes the workload
 
+A workload whose pods are taken away saves and is restarted up to N times (--restarts): the same DIR goes on.
+
   --slices N      slices of that type (default 1)
+  --restarts N    (default 100)
   --image I       the image that this checkout is laid upon (default python:3.11)
   --project P     instead of the default
   --dry-run       prints the commands instead of running them
@@ -25,7 +28,7 @@ XPK: https://github.com/AI-Hypercomputer/xpk (pip install xpk). The cluster: xpk
 TEXT
 }
 
-VERB="" CLUSTER="" NAME="" ZONE="" TYPE="" SLICES=1 IMAGE="python:3.11"
+VERB="" CLUSTER="" NAME="" ZONE="" TYPE="" SLICES=1 RESTARTS=100 IMAGE="python:3.11"
 PROJECT=() REST=()
 while [[ $# -gt 0 ]]; do
     case "$1" in
@@ -39,6 +42,7 @@ while [[ $# -gt 0 ]]; do
         --zone) need "$@" && ZONE="$VALUE" && shift ;;
         --type) need "$@" && TYPE="$VALUE" && shift ;;
         --slices) need "$@" && SLICES="$VALUE" && shift ;;
+        --restarts) need "$@" && RESTARTS="$VALUE" && shift ;;
         --image) need "$@" && IMAGE="$VALUE" && shift ;;
         --project) need "$@" && PROJECT=(--project "$VALUE") && shift ;;
         --dry-run) DRY_RUN=1 ;;
@@ -61,12 +65,17 @@ case "$VERB" in
     run)
         [[ -n "$TYPE" ]] || fail "--type is missing, such as --type v5litepod-16"
         [[ "$SLICES" =~ ^[1-9][0-9]*$ ]] || fail "--slices $SLICES: use a number from 1 on"
+        [[ "$RESTARTS" =~ ^[0-9]+$ ]] || fail "--restarts $RESTARTS: use a number from 0 on"
         run_words ${REST[@]+"${REST[@]}"}
+        [[ "$RESTARTS" == 0 || " ${PASSED[*]-} " != *" --overwrite "* ]] ||
+            fail "--overwrite would overwrite at every restart; name another --out, or add --restarts 0"
         [[ "$OUT" == /* ]] || fail "name the folder of the run with --out and an absolute path that all pods see"
         CONFIG="$(inside "$CONFIG")"
+        # XPK signals the shell of the command, so train.sh takes its place (exec); it restarts on 42, 127 to 255 and what is named.
         WORDS="$(quoted "$CONFIG" --out "$OUT" ${PASSED[@]+"${PASSED[@]}"})"
         act xpk workload create "${WHERE[@]}" --tpu-type "$TYPE" --num-slices "$SLICES" --base-docker-image "$IMAGE" \
-            --script-dir "$ROOT" --command "SFTREC_DEVICE=tpu SFTREC_DISTRIBUTED=auto bash launch/train.sh $WORDS"
+            --max-restarts "$RESTARTS" --restart-on-exit-codes 75 --termination-grace-period-seconds 120 \
+            --script-dir "$ROOT" --command "exec env SFTREC_DEVICE=tpu SFTREC_DISTRIBUTED=auto bash launch/train.sh $WORDS"
         ;;
     delete) act xpk workload delete "${WHERE[@]}" ;;
 esac

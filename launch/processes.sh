@@ -7,12 +7,15 @@ ROOT="$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)"
 SCRIPT="launch/processes.sh"
 # shellcheck source-path=SCRIPTDIR source=_remote.sh disable=SC1091
 source "$ROOT/launch/_remote.sh"
+# shellcheck source-path=SCRIPTDIR source=_again.sh disable=SC1091
+source "$ROOT/launch/_again.sh"
 
 usage() {
     cat <<'TEXT'
 usage: launch/processes.sh [--count N] [--devices D] [--coordinator HOST:PORT] [--dry-run] -- CONFIG --out DIR ...
 
-Starts N processes on this machine, or with --index one of them.
+Starts N processes on this machine, or with --index one of them. INT (Ctrl-C) and TERM go on to all of them; they save and
+leave with exit code 75, and so does this script: the same command goes on with the run.
 
   --count N                  processes in all (default 2)
   --devices D                virtual CPU devices of each (default 1; with SFTREC_DEVICE=cuda their GPUs are shared out by you)
@@ -54,16 +57,18 @@ export SFTREC_DEVICE="${SFTREC_DEVICE:-cpu}"
 act bash "$ROOT/launch/train.sh" --install-only
 FIRST=0 LAST=$((COUNT - 1))
 [[ -z "$INDEX" ]] || FIRST="$INDEX" LAST="$INDEX"
-PIDS=()
-for ((at = FIRST; at <= LAST; at++)); do
+pass_signals
+for ((at = FIRST; at <= LAST && ASKED == 0; at++)); do
     COMMAND=(env SFTREC_COORDINATOR="$COORDINATOR" SFTREC_PROCESSES="$COUNT" SFTREC_PROCESS="$at")
     [[ "$SFTREC_DEVICE" != cpu ]] || COMMAND+=(XLA_FLAGS="--xla_force_host_platform_device_count=$DEVICES")
     COMMAND+=(bash "$ROOT/launch/train.sh" "$CONFIG" --out "$OUT" ${PASSED[@]+"${PASSED[@]}"})
-    act "${COMMAND[@]}" &
-    if [[ "$DRY_RUN" == 1 ]]; then wait; else PIDS+=("$!"); fi
+    shown "${COMMAND[@]}"
+    [[ "$DRY_RUN" == 1 ]] || begin "${COMMAND[@]}"
 done
-STATUS=0
+# An error of one counts more than 75 of the others.
+WORST=0
 for pid in ${PIDS[@]+"${PIDS[@]}"}; do
-    wait "$pid" || STATUS=$?
+    await "$pid"
+    [[ "$STATUS" == 0 || ("$STATUS" == "$AGAIN" && "$WORST" != 0) ]] || WORST="$STATUS"
 done
-exit "$STATUS"
+exit "$WORST"

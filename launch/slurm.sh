@@ -7,6 +7,8 @@ ROOT="$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)"
 SCRIPT="launch/slurm.sh"
 # shellcheck source-path=SCRIPTDIR source=_remote.sh disable=SC1091
 source "$ROOT/launch/_remote.sh"
+# shellcheck source-path=SCRIPTDIR source=_again.sh disable=SC1091
+source "$ROOT/launch/_again.sh"
 
 usage() {
     cat <<'TEXT'
@@ -14,6 +16,9 @@ usage: launch/slurm.sh [--nodes N] [--gpus N] [--name NAME] [--sbatch "OPTIONS"]
 
 Submits a job of one process a node: the first installs this checkout, then launch/train.sh runs on all together. The
 checkout and DIR (default: runs/NAME_OF_CONFIG in the current folder) must lie where all nodes see them.
+
+Two to three minutes before its time is up the job gets TERM; it saves, goes back into the queue and goes on from there. So
+does a preempted one, where the partition preempts by requeueing. `scancel` ends it; the same command then goes on.
 
   --nodes N     nodes (default 1)
   --gpus N      GPUs of each node (default: none, on the CPU)
@@ -55,11 +60,17 @@ CONFIG="$ROOT/$(inside "$CONFIG")"
 BASE="$(basename -- "$CONFIG")"
 OUT="${OUT:-runs/${BASE%.*}}"
 [[ "$OUT" == /* ]] || OUT="$PWD/$OUT"
-DEVICE="SFTREC_DEVICE=cpu"
-[[ -z "$GPUS" ]] || DEVICE="SFTREC_DEVICE=cuda"
-TRAIN="$(quoted bash "$ROOT/launch/train.sh")"
-TASK="$DEVICE SFTREC_DISTRIBUTED=auto $TRAIN $(quoted "$CONFIG" --out "$OUT" ${PASSED[@]+"${PASSED[@]}"})"
-[[ "$NODES" != 1 ]] || TASK="${TASK/SFTREC_DISTRIBUTED=auto /}"
-FIRST="srun --nodes=1 --ntasks=1 $(quoted bash -c "$DEVICE $TRAIN --install-only")"
-act sbatch --job-name "$NAME" --nodes "$NODES" --ntasks-per-node 1 ${GPUS:+--gpus-per-node "$GPUS"} ${MORE[@]+"${MORE[@]}"} \
-    --wrap "$FIRST && srun $(quoted bash -c "$TASK")"
+SET=(SFTREC_DEVICE=cpu)
+[[ -z "$GPUS" ]] || SET=(SFTREC_DEVICE=cuda)
+TRAIN=(bash "$ROOT/launch/train.sh")
+FIRST="srun --nodes=1 --ntasks=1 $(quoted env "${SET[@]}" "${TRAIN[@]}" --install-only)"
+[[ "$NODES" == 1 ]] || SET+=(SFTREC_DISTRIBUTED=auto)
+# A job that was requeued has the same words; what it began before is gone on with, not overwritten or refused.
+SET+=(SFTREC_REPLACES="$(stamp "$OUT")")
+# `env` becomes train.sh, which is then the process that SLURM signals; the batch shell (a POSIX one) is not signalled.
+TASK="srun $(quoted env "${SET[@]}" "${TRAIN[@]}" "$CONFIG" --out "$OUT" ${PASSED[@]+"${PASSED[@]}"})"
+# shellcheck disable=SC2016
+REQUEUE='[ "$STATUS" -ne '"$AGAIN"' ] || scontrol requeue "$SLURM_JOB_ID"; exit "$STATUS"'
+act sbatch --job-name "$NAME" --nodes "$NODES" --ntasks-per-node 1 ${GPUS:+--gpus-per-node "$GPUS"} \
+    --requeue --open-mode=append --signal=TERM@120 ${MORE[@]+"${MORE[@]}"} \
+    --wrap "STATUS=0; $FIRST && $TASK || STATUS=\$?; $REQUEUE"

@@ -25,6 +25,10 @@ usage: launch/tpu_vm.sh create|status|copy|run|delete --name NAME --zone ZONE [O
                   --out is then below ~/runs
   --dry-run       prints the commands instead of running them
 
+A spot slice that was taken away does not come back: `status --queued` says SUSPENDED. Give it back and ask for another
+(`delete`, `create`), then `copy` and `run` again with the same words, without --overwrite: the run in --out, which must lie
+outside the slice (--bucket, or a file share), goes on from its newest checkpoint.
+
 Example:
   launch/tpu_vm.sh create --name mine --zone us-west4-a --type v5litepod-16 --queued --spot
   launch/tpu_vm.sh copy --name mine --zone us-west4-a

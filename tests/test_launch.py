@@ -115,7 +115,10 @@ def test_goes_on_with_an_unfinished_run(machine: Machine):
     assert machine.recorded()[-1] == "--resume" and "was not finished" in done.stderr
     machine.run("train.sh", "configs/quick.yaml", "--overwrite")
     assert "--resume" not in machine.recorded()
-    (out / "metrics.json").touch()  # finished: sftrec refuses and says what to do
+    (out / "metrics.json").touch()  # not exported yet
+    machine.run("train.sh", "configs/quick.yaml")
+    assert machine.recorded()[-1] == "--resume"
+    (out / "export").mkdir()  # finished: sftrec refuses and says what to do
     machine.run("train.sh", "configs/quick.yaml")
     assert "--resume" not in machine.recorded()
 

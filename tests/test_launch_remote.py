@@ -1,9 +1,10 @@
-"""The scripts in launch/ that start a run elsewhere: the commands that they print, and several processes on this machine."""
+"""The scripts in launch/ that start a run elsewhere: the commands that they print, and what a machine there does with them."""
 
 import os
 import shlex
 import shutil
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -87,19 +88,36 @@ def test_all_workers_run_together_in_one_folder(tmp_path: Path) -> None:
 
 def test_a_workload_of_a_cluster() -> None:
     place = ["--cluster", "c", "--name", "n", "--zone", "z"]
-    (command,) = commands(
-        "gke.sh", "run", *place, "--type", "v5litepod-16", "--dry-run", "--", QUICK, "--out", "/mnt/r", "--train.epochs", "2"
-    )
+    words = f"{QUICK} --out /mnt/r --train.epochs 2"
+    (command,) = commands("gke.sh", "run", *place, "--type", "v5litepod-16", "--dry-run", "--", *words.split())
     assert command[:3] == ["xpk", "workload", "create"]
     options = dict(zip(command[3::2], command[4::2], strict=True))
     assert options == {
         "--cluster": "c", "--workload": "n", "--zone": "z", "--tpu-type": "v5litepod-16", "--num-slices": "1",
-        "--base-docker-image": "python:3.11", "--script-dir": str(ROOT),
-        "--command": f"SFTREC_DEVICE=tpu SFTREC_DISTRIBUTED=auto bash launch/train.sh {QUICK} --out /mnt/r --train.epochs 2",
+        "--base-docker-image": "python:3.11", "--script-dir": str(ROOT), "--max-restarts": "100",
+        "--restart-on-exit-codes": "75", "--termination-grace-period-seconds": "120",
+        "--command": f"exec env SFTREC_DEVICE=tpu SFTREC_DISTRIBUTED=auto bash launch/train.sh {words}",
     }  # fmt: skip
     assert commands("gke.sh", "delete", *place, "--dry-run") == [
         ["xpk", "workload", "delete", "--cluster", "c", "--workload", "n", "--zone", "z"]
     ]
+
+
+def test_a_pod_that_is_taken_away_hears_of_it(tmp_path: Path) -> None:
+    place = ["--cluster", "c", "--name", "n", "--zone", "z", "--type", "t"]
+    (command,) = commands("gke.sh", "run", *place, "--dry-run", "--", QUICK, "--out", "/mnt/r")
+    (tmp_path / "launch").mkdir()
+    script = 'trap "exit 75" TERM\ntouch begun\nwhile true; do sleep 0.1; done\n'
+    (tmp_path / "launch" / "train.sh").write_text(script, encoding="utf-8")
+    # As a pod does it: the command in a subshell, TERM to the first process, which passes it on.
+    wrapped = f"""trap 'kill -TERM "$!"' TERM; ({command[-1]}) & pid=$!
+    while kill -0 "$pid" 2>/dev/null; do sleep 0.1; done; wait "$pid"; exit $?"""
+    with subprocess.Popen([str(BASH), "-c", wrapped], cwd=tmp_path, stdin=subprocess.DEVNULL) as process:
+        end = time.monotonic() + 30
+        while not (tmp_path / "begun").exists() and time.monotonic() < end:
+            time.sleep(0.02)
+        process.terminate()
+        assert process.wait(30) == 75
 
 
 def test_a_job_installs_once_and_runs_on_every_node() -> None:
@@ -108,21 +126,52 @@ def test_a_job_installs_once_and_runs_on_every_node() -> None:
     )
     assert command[:-1] == [
         "sbatch", "--job-name", "sftrec", "--nodes", "2", "--ntasks-per-node", "1", "--gpus-per-node", "4",
-        "--partition=gpu", "--time=1:00", "--wrap",
+        "--requeue", "--open-mode=append", "--signal=TERM@120", "--partition=gpu", "--time=1:00", "--wrap",
     ]  # fmt: skip
-    train = f"bash {shlex.quote(str(ROOT / 'launch' / 'train.sh'))}"
-    words = shlex.split(command[-1])
-    at = words.index("&&")
-    assert words[:at] == ["srun", "--nodes=1", "--ntasks=1", "bash", "-c", f"SFTREC_DEVICE=cuda {train} --install-only"]
-    out = ROOT / "runs" / "quick"
-    assert words[at + 1 :] == [
-        "srun",
-        "bash",
-        "-c",
-        f"SFTREC_DEVICE=cuda SFTREC_DISTRIBUTED=auto {train} {ROOT / QUICK} --out {out}",
-    ]
+    train = ["bash", str(ROOT / "launch" / "train.sh")]
+    words = [word for word in shlex.split(command[-1]) if not word.startswith("SFTREC_REPLACES=")]
+    first, task = words.index("&&"), words.index("||")
+    assert words[1:first] == ["srun", "--nodes=1", "--ntasks=1", "env", "SFTREC_DEVICE=cuda", *train, "--install-only"]
+    run = [*train, str(ROOT / QUICK), "--out", str(ROOT / "runs" / "quick")]
+    assert words[first + 1 : task] == ["srun", "env", "SFTREC_DEVICE=cuda", "SFTREC_DISTRIBUTED=auto", *run]
     (alone,) = commands("slurm.sh", "--dry-run", "--", QUICK)
     assert "SFTREC_DISTRIBUTED" not in alone[-1] and "SFTREC_DEVICE=cpu" in alone[-1]
+
+
+@pytest.mark.parametrize(
+    ("install", "status", "left", "again"),
+    [(0, 0, 0, False), (0, 75, 75, True), (0, 2, 2, False), (0, 143, 143, False), (2, 0, 2, False)],
+)
+def test_a_job_that_saved_goes_back_into_the_queue(tmp_path: Path, install: int, status: int, left: int, again: bool) -> None:
+    (command,) = commands("slurm.sh", "--dry-run", "--", QUICK, "--out", str(tmp_path / "a run"))
+    srun = f'case "$*" in *--install-only) exit {install} ;; esac\nexit {status}'
+    for name, text in (("srun", srun), ("scontrol", f'echo "$@" >>"{tmp_path}/scontrol.txt"')):
+        (tmp_path / name).write_text(f"#!/bin/sh\n{text}\n", encoding="utf-8")
+        (tmp_path / name).chmod(0o755)
+    environment = {"PATH": f"{tmp_path}:/usr/bin:/bin", "SLURM_JOB_ID": "42"}
+    done = subprocess.run(["/bin/sh", "-c", command[-1]], env=environment, capture_output=True, text=True, check=False)
+    said = (tmp_path / "scontrol.txt").read_text() if (tmp_path / "scontrol.txt").exists() else ""
+    assert (done.returncode, said, done.stderr) == (left, "requeue 42\n" if again else "", "")
+
+
+def test_a_job_overwrites_only_what_was_there_when_it_was_submitted(tmp_path: Path) -> None:
+    def replaces() -> list[str]:
+        (command,) = commands("slurm.sh", "--dry-run", "--", QUICK, "--out", str(tmp_path), "--overwrite")
+        return [word for word in shlex.split(command[-1]) if word.startswith("SFTREC_REPLACES=")]
+
+    assert replaces() == ["SFTREC_REPLACES=none"]
+    (tmp_path / "config.yaml").touch()
+    os.utime(tmp_path / "config.yaml", (1_000_000_000, 1_000_000_000))
+    assert replaces() == ["SFTREC_REPLACES=1000000000"]
+    (tmp_path / "metrics.json").touch()
+    (tmp_path / "export").mkdir()
+    for given, replaced, last in (
+        ("--overwrite", "1000000000", "--overwrite"), ("--overwrite", "none", "--resume"),
+        ("", "1000000000", str(tmp_path)), ("", "none", "--resume"),
+    ):  # fmt: skip
+        words = (QUICK, "--out", str(tmp_path), "--dry-run", *([given] if given else []))
+        done = launch("train.sh", *words, SFTREC_REPLACES=replaced, SFTREC_DEVICE="cpu")
+        assert done.stdout.splitlines()[-1].split()[-1] == last, done.stderr
 
 
 def test_processes_know_each_other() -> None:
@@ -155,6 +204,8 @@ def test_processes_know_each_other() -> None:
         ("tpu_vm.sh", ["run", *SLICE, "--", "nosuch.yaml", "--out", "/a"], "nosuch.yaml: no such config"),
         ("gke.sh", ["run", "--name", "n", "--zone", "z"], "--cluster is missing"),
         ("gke.sh", ["run", "--cluster", "c", "--name", "n", "--zone", "z", "--type", "t", "--slices", "0"], "--slices 0: use"),
+        ("gke.sh", ["run", *SLICE, "--cluster", "c", "--type", "t", "--", QUICK, "--out", "/r", "--overwrite"],
+         "--overwrite would overwrite at every restart; name another --out, or add --restarts 0"),
         ("slurm.sh", ["--nodes", "0", "--", QUICK], "--nodes 0: use a number from 1 on"),
         ("slurm.sh", ["--nodes", "2"], "no CONFIG given"),
         ("processes.sh", ["--count", "x", "--", QUICK], "--count x: use a number from 1 on"),
@@ -162,7 +213,7 @@ def test_processes_know_each_other() -> None:
         ("processes.sh", ["--", QUICK], "name the folder of the run with --out"),
         ("processes.sh", ["--what"], "unknown word --what"),
     ],
-)
+)  # fmt: skip
 def test_wrong_words_are_one_line(script: str, words: list[str], text: str) -> None:
     done = launch(script, *words)
     assert done.returncode == 2 and done.stdout == "" and done.stderr.count("\n") == 1
