@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sftrec_jax import stopping
 from sftrec_jax.cli_parser import EXAMPLES, make_parser
 from sftrec_jax.distributed import agree, join, on_main, process_count, wanted
 from sftrec_jax.errors import LeakError, UserError
@@ -32,7 +33,8 @@ def _new_run(args: argparse.Namespace, extra: Sequence[str]) -> Any:
     config = configure(written, extra)
     from sftrec_jax.run.folder import new_run
 
-    return config, new_run(args.out or _default_out(args.config), config, resume, args.overwrite)
+    accept = getattr(args, "accept_changes", False)
+    return config, new_run(args.out or _default_out(args.config), config, resume, args.overwrite, accept)
 
 
 def _command(argv: Sequence[str]) -> str:
@@ -50,13 +52,14 @@ def _run(args: argparse.Namespace, extra: Sequence[str], argv: Sequence[str]) ->
     begin = time.monotonic()
     if process_count() > 1:
         session = _prepared_by_one(args, extra)
-        stages.train_stage(session, args.resume)
+        stages.train_stage(session, args.resume, args.accept_changes)
     else:
         config, new_run = _new_run(args, extra)
         with new_run as folder:
             prepared = args.resume and (folder.prepared / "item_codes.json").exists()
             session = sessions.open_session(folder.path) if prepared else sessions.prepare(folder, config)
-            stages.train_stage(session, args.resume)
+            stages.train_stage(session, args.resume, args.accept_changes)
+    stopping.pause()
     decoder, step = session.trained_decoder()
     evaluate_stage(session, decoder, step)
     stages.export_stage(session, decoder, _command(argv), args.resume or args.overwrite)
@@ -93,12 +96,14 @@ def _prepare(args: argparse.Namespace, extra: Sequence[str], argv: Sequence[str]
 
 def _train(args: argparse.Namespace, extra: Sequence[str], argv: Sequence[str]) -> None:
     from sftrec_jax.run import stages
+    from sftrec_jax.run.lock import locked
     from sftrec_jax.run.session import open_session
 
     session = open_session(args.run)
     if not args.resume and session.folder.trained:
         raise UserError(f"{args.run}: is trained already; add --resume to go on, or prepare another folder")
-    stages.train_stage(session, args.resume)
+    with locked(session.folder.path):
+        stages.train_stage(session, args.resume, args.accept_changes)
 
 
 def _evaluate(args: argparse.Namespace, extra: Sequence[str], argv: Sequence[str]) -> None:
@@ -185,6 +190,7 @@ def _join(verb: str) -> None:
     if verb not in ("run", "train", "evaluate", "export"):
         raise UserError(f"sftrec {verb} runs in one process; unset SFTREC_DISTRIBUTED and SFTREC_COORDINATOR")
     join()
+    stopping.install_again()
 
 
 def _check_extra(verb: str, extra: Sequence[str]) -> None:
@@ -348,11 +354,22 @@ VERBS = {
 }
 
 
+GOES_ON = {
+    "run": "the same command with --resume goes on",
+    "train": "the same command with --resume goes on",
+    "reproduce": "the same command goes on",
+    "evaluate": "the same command does it again",
+    "recommend": "the same command does it again",
+    "export": "the same command does it again",
+}
+"""Verbs that save what they have when they are asked to stop, or have nothing to lose, and how to go on."""
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point.
 
-    Exit codes: 0 done, 1 not as published, or does not fit, 2 wrong input (one line on standard error), 3 leaks found,
-    130 interrupted.
+    Exit codes: 0 done, 1 not as published, or does not fit, 2 wrong input (one line on standard error), 3 leaks found, 75 asked
+    to stop: what was done is saved, `--resume` goes on; 130 interrupted, 128 plus a signal's number after a second signal.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     # Orbax and the tokenizers library speak up about threads and forks that do not concern a user.
@@ -361,14 +378,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         args, extra = make_parser().parse_known_args(argv)
         _check_extra(args.verb, extra)
+        if args.verb in GOES_ON:
+            stopping.install()
         _join(args.verb)
         return VERBS[args.verb](args, extra, argv) or 0
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 3 if isinstance(error, LeakError) else 2
+    except stopping.Stopped:
+        print(f"stopped; {GOES_ON[argv[0]]}", file=sys.stderr)
+        return stopping.EXIT_CODE
     except KeyboardInterrupt:
-        how = "the same command" if argv[:1] == ["reproduce"] else "`--resume`"
-        print(f"interrupted; {how} goes on from the newest checkpoint", file=sys.stderr)
+        print("interrupted", file=sys.stderr)
         return 130
 
 

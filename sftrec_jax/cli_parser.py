@@ -66,9 +66,12 @@ def make_parser() -> argparse.ArgumentParser:
 
     run = verb("run", "Prepare, train, evaluate and export in one go.", config=True)
     run.add_argument("--resume", action="store_true", help="go on with the run in DIR; CONFIG may be left out")
+    accept = "with --resume: go on although settings differ, which are named"
+    run.add_argument("--accept-changes", action="store_true", help=accept)
     verb("prepare", "Read and split the data, name the items.", config=True)
     train = verb("train", "Train a prepared run.")
     train.add_argument("--resume", action="store_true", help="go on from the newest checkpoint")
+    train.add_argument("--accept-changes", action="store_true", help=accept)
     evaluate = verb("evaluate", "Rank the full catalogue for every test user, beside the baselines.")
     evaluate.add_argument(
         "--exact", action="store_true", help="also find the exact top K of the whole catalogue, and count what the beam missed"

@@ -142,6 +142,47 @@ def on_main(name: str, action: Callable[[], None]) -> None:
         raise (LeakError if outcome == "leak" else UserError)("process 0 stopped; its message says why")
 
 
+_decided = 0
+
+
+def decide(what: str, choose: Callable[[], Any]) -> Any:
+    """What `choose` returns in the first process (JSON), in all of them. All must call it, in the same order."""
+    global _decided
+    if process_count() == 1:
+        return choose()
+    _decided += 1
+    store, key = _store(), f"sftrec/decided/{_decided}/{what}"
+    if is_main():
+        try:
+            found = json.dumps({"value": choose()})
+        except BaseException:
+            store.key_value_set(key, json.dumps({"failed": True}))
+            raise
+        store.key_value_set(key, found)
+        return json.loads(found)["value"]
+    told = json.loads(store.blocking_key_value_get(key, DAY_MS))
+    if "failed" in told:
+        raise UserError("process 0 stopped; its message says why")
+    return told["value"]
+
+
+def announce(what: str, value: str) -> None:
+    """Tells the other processes something, once for each `what`."""
+    _store().key_value_set(f"sftrec/said/{what}", value)
+
+
+def announced(what: str) -> str | None:
+    """What was announced under that name; None where nothing was yet."""
+    import jax
+
+    try:
+        return _store().key_value_try_get(f"sftrec/said/{what}")
+    except jax.errors.JaxRuntimeError as error:
+        if "NOT_FOUND" in str(error):
+            return None
+        raise
+
+
 def to_host(values: Any) -> np.ndarray:
     """An array as NumPy, wherever its parts are. All processes must ask for the same one."""
     if process_count() == 1 or not hasattr(values, "is_fully_addressable") or values.is_fully_addressable:

@@ -155,7 +155,7 @@ class Run:
 
     def take(self, batches: PackedBatch) -> dict[str, float]:
         self.state, metrics = self.step(self.state, self.parts.frozen, shard_batches(batches, self.mesh))
-        return {name: float(value) for name, value in metrics.items()}
+        return {name: float(value) for name, value in metrics.items() if name != "finite"}
 
     def restart(self, step: int = 0) -> None:
         self.state = init_state(placed(self.parts, self.mesh), self.optimizer, self.mesh)

@@ -51,13 +51,26 @@ class TrainConfig:
     """Optimizer steps between validations; null: about four in a run."""
     validate_users: int = 200
     """Users (drawn by `seed`) in a validation."""
+    save_every: int | None = None
+    """Optimizer steps between checkpoints, beside those of validations; null: as `save_minutes` says."""
+    save_minutes: float = 10.0
+    """Minutes after which a checkpoint is written in any case, so that a killed run loses no more; 0: never."""
     keep_checkpoints: int = 2
     """Newest checkpoints kept, beside the best by validation."""
+    keep_every: int | None = None
+    """Checkpoints of steps that this number divides are kept, too; null: none of them."""
+    best_metric: Literal["ndcg@5", "ndcg@10", "ndcg@20", "recall@5", "recall@10", "recall@20", "mrr@10", "mrr@20"] = "ndcg@10"
+    """Validation metric that chooses the best checkpoint."""
+    skip_spikes: float | None = None
+    """An update is skipped whose loss lies more than so many standard deviations above the mean of the steps before (6 is usual);
+    null: only one that is not finite."""
+    stop_after_skips: int = 10
+    """Training stops after so many skipped updates in a row."""
     seed: int = 0
     """Adapter initialisation, dropout, order of examples."""
 
     def __post_init__(self) -> None:
-        for name in ("row_length", "batch_rows", "accumulate", "validate_users", "keep_checkpoints"):
+        for name in ("row_length", "batch_rows", "accumulate", "validate_users", "keep_checkpoints", "stop_after_skips"):
             value = getattr(self, name)
             require(value >= 1, f"train.{name} is {value}; use 1 or more")
         for name in ("epochs", "learning_rate"):
@@ -70,9 +83,15 @@ class TrainConfig:
             0 <= self.rows_first < 1,
             f"train.rows_first is {self.rows_first}; use a share in [0, 1) (train.method: rows trains nothing else)",
         )
-        for name in ("max_steps", "validate_every"):
+        for name in ("max_steps", "validate_every", "save_every", "keep_every"):
             value = getattr(self, name)
             require(value is None or value >= 1, f"train.{name} is {value}; use 1 or more, or null")
+        minutes, spikes = self.save_minutes, self.skip_spikes
+        require(minutes >= 0 and math.isfinite(minutes), f"train.save_minutes is {minutes}; use 0 (never) or more")
+        require(
+            spikes is None or (spikes > 0 and math.isfinite(spikes)),
+            f"train.skip_spikes is {spikes}; use a positive number such as 6, or null",
+        )
         ratio = self.loraplus_lr_ratio
         require(
             ratio is None or (ratio >= 1 and math.isfinite(ratio)), f"train.loraplus_lr_ratio is {ratio}; use 1 or more, or null"

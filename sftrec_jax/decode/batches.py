@@ -5,6 +5,8 @@ from typing import Any
 
 import numpy as np
 
+from sftrec_jax import stopping
+
 FEW_BATCHES = 3
 """A prompt length with fewer batches joins the next longer one: padding them costs less than compiling for them."""
 
@@ -37,6 +39,7 @@ def run_batches(
                 progress(len(waiting[0]))
 
     for rows, width in plan_batches(np.asarray([len(p) for p in prompts], np.int64), size):
+        stopping.pause()
         # Rows that fill the last batch up are a prompt of one token.
         padded, lengths = np.zeros((size, width), np.int32), np.ones(size, np.int32)
         for at, row in enumerate(rows):

@@ -27,7 +27,7 @@ def protocol_card(session: Session, step: int, users: int) -> dict[str, Any]:
     return data_card(config, session.dataset, users) | {
         "items": {
             "tokenizer": config.items.tokenizer,
-            "codes_sha256": _hash(_bytes(codes.codes)),
+            "codes_sha256": sha256_of(array_bytes(codes.codes)),
             "tokens_at_most": int(codes.codes.shape[1]),
             "distinct_codes": len(np.unique(codes.codes, axis=0)),
         },
@@ -50,10 +50,10 @@ def data_card(config: RunConfig, dataset: Dataset, users: int) -> dict[str, Any]
     Hashes are SHA-256 of contents, not of files: they do not change with a file format. `data.source` is a name without
     folders. Arguments as for `protocol_card`.
     """
-    histories = _hash(_texts(dataset.user_ids), _bytes(dataset.offsets), _bytes(dataset.items))
+    histories = sha256_of(text_bytes(dataset.user_ids), array_bytes(dataset.offsets), array_bytes(dataset.items))
     places = [dataset.train_end, dataset.valid_position, dataset.test_position]
     kind = "given" if dataset.given else config.data.split
-    split = _hash(*map(_bytes, [*places, dataset.train_begin] if dataset.given else places))
+    split = sha256_of(*map(array_bytes, [*places, dataset.train_begin] if dataset.given else places))
     fractions = {"valid_fraction": config.data.valid_fraction, "test_fraction": config.data.test_fraction}
     order = {"by": "time", "ties_by": "hash of (tie_seed, user, item)", "tie_seed": config.data.tie_seed}
     return {
@@ -63,9 +63,9 @@ def data_card(config: RunConfig, dataset: Dataset, users: int) -> dict[str, Any]
             "items": len(dataset.item_ids),
             "interactions": len(dataset.items),
             "histories_sha256": histories,
-            "catalogue_sha256": _hash(_texts(dataset.item_ids), _texts(dataset.titles)),
+            "catalogue_sha256": sha256_of(text_bytes(dataset.item_ids), text_bytes(dataset.titles)),
         }
-        | ({"profiles_sha256": _hash(*map(_texts, dataset.profiles.values()))} if dataset.profiles else {}),
+        | ({"profiles_sha256": sha256_of(*map(text_bytes, dataset.profiles.values()))} if dataset.profiles else {}),
         "split": {"kind": kind, "sha256": split} | (fractions if kind == "temporal" else {}),
         "order": (order if dataset.timed else {"by": "the source's order"})
         | {"tied_timestamp_share": dataset.report.get("tied_timestamp_share") if dataset.timed else None},
@@ -78,7 +78,7 @@ def data_card(config: RunConfig, dataset: Dataset, users: int) -> dict[str, Any]
 
 def prompt_card(prompt: PromptConfig) -> dict[str, Any]:
     """The options of prompts, templates by the SHA-256 of their texts."""
-    hashes = [_hash(Path(template).read_bytes()) for template in prompt.templates]
+    hashes = [sha256_of(Path(template).read_bytes()) for template in prompt.templates]
     return dataclasses.asdict(prompt) | {"templates": hashes}
 
 
@@ -86,21 +86,21 @@ def source_hash() -> str:
     """SHA-256 over the package's Python files, by name and content."""
     root = Path(sftrec_jax.__file__).parent
     files = sorted(root.rglob("*.py"), key=lambda file: file.relative_to(root).as_posix())
-    return _hash(*(part for file in files for part in (file.relative_to(root).as_posix().encode(), file.read_bytes())))
+    return sha256_of(*(part for file in files for part in (file.relative_to(root).as_posix().encode(), file.read_bytes())))
 
 
-def _hash(*parts: bytes) -> str:
+def sha256_of(*parts: bytes) -> str:
     digest = hashlib.sha256()
     for part in parts:
         digest.update(len(part).to_bytes(8, "little") + part)
     return digest.hexdigest()
 
 
-def _texts(texts: Iterable[str]) -> bytes:
+def text_bytes(texts: Iterable[str]) -> bytes:
     return b"".join(len(data).to_bytes(4, "little") + data for data in (str(text).encode("utf-8") for text in texts))
 
 
-def _bytes(values: np.ndarray) -> bytes:
+def array_bytes(values: np.ndarray) -> bytes:
     return np.ascontiguousarray(values, np.dtype("<i8")).tobytes() + repr(values.shape).encode()
 
 

@@ -13,9 +13,18 @@ from sftrec_jax.config import RunConfig
 from sftrec_jax.config_file import dump_config, load_config, to_dict
 from sftrec_jax.distributed import is_main
 from sftrec_jax.errors import UserError
+from sftrec_jax.run import lock
+from sftrec_jax.run.lock import locked
 
-ENTRIES = ("config.yaml", "prepared", "checkpoints", "metrics.jsonl", "metrics.json", "recommendations.parquet", "export")
+ENTRIES = (
+    "config.yaml", "prepared", "checkpoints", "metrics.jsonl", "metrics.json", "recommendations.parquet", "export", "save-now"
+)  # fmt: skip
 """Everything that a run writes; `--overwrite` removes these and nothing else."""
+
+CHANGEABLE = ("mesh.", "train.save_every", "train.save_minutes", "train.keep_checkpoints", "train.keep_every")
+"""Fields that a resumed run may change unasked: they change no result, but for rounding on another mesh."""
+ACCEPTABLE = ("train.", "lora.dropout", "decode.", "evaluate.")
+"""Fields that it may change with `--accept-changes`: what was prepared does not depend on them."""
 
 PARKED = ".replaced"
 """Where an earlier run waits inside its folder until the one that overwrites it has come far enough."""
@@ -108,21 +117,34 @@ def differing_fields(a: RunConfig, b: RunConfig) -> list[str]:
 
 
 @contextmanager
-def new_run(out: Path, config: RunConfig, resume: bool, overwrite: bool) -> Iterator[RunFolder]:
+def new_run(out: Path, config: RunConfig, resume: bool, overwrite: bool, accept: bool = False) -> Iterator[RunFolder]:
     """Makes the folder and writes `config.yaml` for the block that fills it.
 
-    A folder that holds anything is refused; with `resume` it must be a run of the same configuration, with `overwrite`
-    the files of the run in it make room. When the block ends in a UserError or an interrupt before there is a checkpoint,
-    what it wrote is removed and the earlier run put back, so that the same command works once the mistake is corrected.
-    A run that is resumed is left as it is.
+    A folder that holds anything is refused; with `resume` it must be a run of the same configuration, but for what may change and
+    what `accept` allows; with `overwrite` the files of the run in it make room. No other process may work in the folder.
+
+    When the block ends in a UserError or an interrupt before there is a checkpoint, what it wrote is removed and the earlier run
+    put back, so that the same command works once the mistake is corrected. A run that is resumed is left as it is.
     """
     folder = RunFolder(out)
-    going_on = _check_free(folder, config, resume, overwrite)
+    going_on = _check_free(folder, config, resume, overwrite, accept)
     made = [path for path in (out, *out.parents) if not path.exists()]
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"{out}: cannot be made ({error.strerror}); choose another --out") from None
+    try:
+        with locked(out):
+            yield from _filled(folder, config, going_on)
+    except (UserError, KeyboardInterrupt):
+        for path in made:
+            if path.is_dir() and not any(path.iterdir()):
+                path.rmdir()
+        raise
+
+
+def _filled(folder: RunFolder, config: RunConfig, going_on: bool) -> Iterator[RunFolder]:
+    out = folder.path
     parked = out / PARKED
     if not going_on:
         shutil.rmtree(parked, ignore_errors=True)
@@ -135,21 +157,18 @@ def new_run(out: Path, config: RunConfig, resume: bool, overwrite: bool) -> Iter
             _remove_entries(out)
             _move_entries(parked, out)
             shutil.rmtree(parked, ignore_errors=True)
-            for path in made:
-                if path.is_dir() and not any(path.iterdir()):
-                    path.rmdir()
         raise
     shutil.rmtree(parked, ignore_errors=True)
 
 
-def _check_free(folder: RunFolder, config: RunConfig, resume: bool, overwrite: bool) -> bool:
+def _check_free(folder: RunFolder, config: RunConfig, resume: bool, overwrite: bool, accept: bool) -> bool:
     """True for a run to go on with, False for a fresh start; UserError where neither is allowed."""
     out = folder.path
     if out.exists() and not out.is_dir():
         raise UserError(f"{out}: is a file; name a folder with --out")
     if resume and overwrite:
         raise UserError("--resume and --overwrite were both given; use one of them")
-    if not out.exists() or not any(out.iterdir()):
+    if not out.exists() or not any(entry.name != lock.NAME for entry in out.iterdir()):
         return False
     if not (resume or overwrite):
         raise UserError(
@@ -158,10 +177,12 @@ def _check_free(folder: RunFolder, config: RunConfig, resume: bool, overwrite: b
     if not folder.config.exists():
         option = "--resume has nothing to go on with" if resume else "--overwrite removes nothing"
         raise UserError(f"{out}: holds no run (no config.yaml), so {option}; choose another --out")
-    fields = differing_fields(load_config(folder.config), config) if resume else []
-    if fields:
+    differing = differing_fields(load_config(folder.config), config) if resume else []
+    fields = [field for field in differing if not field.startswith(CHANGEABLE)]
+    if any(not field.startswith(ACCEPTABLE) for field in fields) or (fields and not accept):
+        also = ", add --accept-changes" if all(field.startswith(ACCEPTABLE) for field in fields) else ""
         raise UserError(
-            f"{out}: was run with another configuration ({', '.join(fields)} differ); resume with {folder.config}, "
+            f"{out}: was run with another configuration ({', '.join(fields)} differ); resume with {folder.config}{also}, "
             "start again with --overwrite, or choose another --out"
         )
     return resume

@@ -68,6 +68,21 @@ class Session:
         seed, start = self.config.train.seed, self.config.lora.start if self.build.adapters is not None else None
         return load_decoder(self.build, self.source, self.codes, self.mesh, seed, model.from_scratch, vectors, start)
 
+    def computing_as(self, wrote: dict[str, str]) -> "Session":
+        """The session with the numeric type and rematerialisation of a checkpoint, where the config leaves them to the machine.
+
+        Measured again they might come out otherwise, and the last bits with them.
+        """
+        model, build = self.config.model, self.build
+        if model.compute_dtype == "auto" and (name := wrote.get("model.compute_dtype")):
+            dtype = np.dtype(jax.numpy.dtype(name.strip("'")))
+            build = dataclasses.replace(
+                build, dtype=dtype, param_dtype=build.param_dtype if self.config.train.method == "full" else dtype
+            )
+        if model.remat == "auto" and (name := wrote.get("model.remat")):
+            build = dataclasses.replace(build, remat=name.strip("'"))
+        return dataclasses.replace(self, build=build)
+
     def split(self, decoder: Decoder) -> tuple[nnx.GraphDef, nnx.State, nnx.State]:
         """(graphdef, trained variables, frozen variables)."""
         graphdef, trained, frozen = nnx.split(decoder, trainable_filter(self.config.train.method, self.build.whole), ...)
@@ -77,13 +92,17 @@ class Session:
         """The best checkpoint's decoder and its step."""
         if not self.folder.checkpoints.exists():
             raise UserError(f"{self.folder.path}: has no checkpoint; run `sftrec train {self.folder.path}` first")
-        checkpoints = Checkpoints(self.folder.checkpoints, self.config.train.keep_checkpoints)
+        from sftrec_jax.run.fingerprint import check_readable  # which imports this file
+
+        checkpoints = Checkpoints(self.folder.checkpoints, self.config.train.keep_checkpoints, writing=False)
         step = checkpoints.best()
         if step is None:
             raise UserError(
                 f"{self.folder.checkpoints}: holds no finished checkpoint; run `sftrec train {self.folder.path} --resume`"
             )
-        graphdef, trained, frozen = self.split(self.base_decoder())
+        wrote = checkpoints.manifest_of(step).fingerprint
+        check_readable(self, self.folder.checkpoints, step, wrote)
+        graphdef, trained, frozen = self.split(self.computing_as(wrote).base_decoder())
         arrays = checkpoints.restore_trained(step, named_arrays(trained))
         checkpoints.close()
         return nnx.merge(graphdef, with_arrays(trained, arrays), frozen), step

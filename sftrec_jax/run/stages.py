@@ -1,6 +1,7 @@
 """The stages of a run after `prepare`: train and export (and `evaluation.py`). Each takes an open session and leaves files."""
 
 import json
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from sftrec_jax.data.segments import Segments
 from sftrec_jax.data.tasks import make_tasks
 from sftrec_jax.distributed import place
 from sftrec_jax.errors import UserError
+from sftrec_jax.evaluate.metrics import DEFAULT_KS
 from sftrec_jax.evaluate.uncertainty import draw
 from sftrec_jax.items.index_file import write_index
 from sftrec_jax.items.paths import codes_paths
@@ -31,10 +33,13 @@ from sftrec_jax.model.peft_write import export_adapter
 from sftrec_jax.model.remat import choose_remat
 from sftrec_jax.model.sharding import BATCH, with_arrays
 from sftrec_jax.run.evaluation import Asked, list_metrics
+from sftrec_jax.run.example_names import example_names
 from sftrec_jax.run.export_catalogue import write_catalogue
+from sftrec_jax.run.fingerprint import check_same, fingerprint, packing_sha256
 from sftrec_jax.run.session import Session, describe_devices, recommender
 from sftrec_jax.train.batches import BatchPlan, Packable
 from sftrec_jax.train.calibrate import calibrate
+from sftrec_jax.train.checkpoint import Checkpoints
 from sftrec_jax.train.loop import TrainResult, train
 from sftrec_jax.train.meter import Meter
 from sftrec_jax.train.optimizer import rows_only_steps
@@ -51,13 +56,28 @@ def _size(state: nnx.State) -> int:
     return sum(int(np.prod(x.shape)) for x in jax.tree.leaves(state))
 
 
-def train_stage(session: Session, resume: bool) -> TrainResult:
-    """Trains and leaves `checkpoints/` and `metrics.jsonl`."""
+def train_stage(session: Session, resume: bool, accept: bool = False) -> TrainResult:
+    """Trains and leaves `checkpoints/` and `metrics.jsonl`.
+
+    `resume`: from the newest whole checkpoint, which must be of this very run; `accept`: or of one whose settings are named.
+    """
+    t = session.config.train
+    with closing(Checkpoints(session.folder.checkpoints, t.keep_checkpoints, t.keep_every)) as checkpoints:
+        first = checkpoints.newest() if resume else None
+        wrote = {} if first is None else checkpoints.manifest_of(first).fingerprint
+        session = session.computing_as(wrote)
+        return _train(session, checkpoints, first, wrote, accept)
+
+
+def _train(session: Session, checkpoints: Checkpoints, first: int | None, wrote: dict[str, str], accept: bool) -> TrainResult:
     config = session.config
     prompts, sharing = training_segments(session)
     segments, counts = prompts[0], session.prompts.counts.copy()
     examples, tasks = with_tasks(session, prompts)
     plan = BatchPlan(examples, t := config.train)
+    checkpoints.fingerprint = fingerprint(session) | {"packing": packing_sha256(plan)}
+    if first is not None:
+        check_same(session.folder.path, first, wrote, checkpoints.fingerprint, accept)
     decoder = session.base_decoder()
     start = config.lora.start if t.method == "lora" else None
     if start is not None:
@@ -67,10 +87,13 @@ def train_stage(session: Session, resume: bool) -> TrainResult:
         share = calibrate(decoder, place(batch, NamedSharding(session.mesh, BATCH)), len(session.codes.new_tokens))
         console.print(f"new rows: {len(session.codes.new_tokens):,}, shifted by {share:.2f} of their length to match text")
     graphdef, trained, frozen = session.split(decoder)
-    dtype, why = compute_dtype(config.model, platform_of(session.mesh))
-    console.print(f"devices: {describe_devices(session.mesh)}")
     build = session.build
-    remat, reason = choose_remat(config.model, t, build.arch, build.adapters, dtype, session.mesh)
+    dtype, remat = build.dtype, build.remat
+    _, why = compute_dtype(config.model, platform_of(session.mesh))
+    _, reason = choose_remat(config.model, t, build.arch, build.adapters, dtype, session.mesh)
+    if wrote:
+        why = reason = f"as at step {first}"
+    console.print(f"devices: {describe_devices(session.mesh)}")
     console.print(f"compute: {dtype.name} ({why}); adapters and optimizer float32; remat {remat} ({reason})")
     console.print(f"attention: {attention_path(t.row_length, build.arch.head_dim, dtype, platform_of(session.mesh))[1]}")
     console.print(f"parameters: {_size(trained):,} trained of {_size(trained) + _size(frozen):,} ({t.method})")
@@ -107,12 +130,14 @@ def train_stage(session: Session, resume: bool) -> TrainResult:
     validator = _Validator(session, decoder)
     meter = Meter(build.arch, build.adapters, t.method, len(build.row_ids), dtype, session.mesh.size)
     result = train(
-        graphdef, trained, frozen, plan, config.lora.dropout > 0, session.mesh, session.folder.path,
-        lambda arrays: validator(nnx.merge(graphdef, with_arrays(trained, arrays), frozen)), meter, resume,
+        graphdef, trained, frozen, plan, config.lora.dropout > 0, session.mesh, session.folder.path, checkpoints,
+        lambda arrays: validator(nnx.merge(graphdef, with_arrays(trained, arrays), frozen)), meter, first,
+        example_names(plan.parts, session.dataset),
     )  # fmt: skip
+    skipped = f"; {result.skipped:,} updates skipped" if result.skipped else ""
     console.print(
         f"trained {result.step} steps in {result.seconds / 60:.1f} min ({result.seconds_validating / 60:.1f} validating); "
-        f"best validation NDCG@10 {result.best:.4f} at step {result.best_step}"
+        f"best validation {t.best_metric.upper()} {result.best:.4f} at step {result.best_step}{skipped}"
     )
     console.print(f"speed: {meter.describe()}")
     return result
@@ -201,7 +226,7 @@ class _Validator:
 
     def __call__(self, decoder: Decoder) -> dict[str, float]:
         if not len(self.users):
-            return {name: 0.0 for name in ("recall@10", "ndcg@10")}
+            return {f"{name}@{k}": 0.0 for name in ("recall", "ndcg", "mrr") for k in DEFAULT_KS}
         self.recommender.update(decoder)
         k = min(self.session.config.decode.top_k, len(self.session.dataset.item_ids))
         left_out = self.asked.histories if self.session.config.evaluate.mask_seen else None

@@ -145,7 +145,8 @@ class BatchPlan:
     def _first_row(self, epoch: int) -> int:
         return 0 if epoch == 0 else self._first_row(epoch - 1) + len(self.rows(epoch - 1))
 
-    def _rows_of(self, step: int) -> list[np.ndarray]:
+    def parts_of(self, step: int) -> list[np.ndarray]:
+        """Indices of `parts` in each row of an optimizer step (counted from 0), in the order of `batch`'s rows."""
         rows: list[np.ndarray] = []
         epoch = 0
         for index in range(step * self.rows_per_step, (step + 1) * self.rows_per_step):
@@ -156,7 +157,7 @@ class BatchPlan:
 
     def counts(self, step: int) -> "Counts":
         """What one optimizer step (counted from 0) holds."""
-        chosen = np.concatenate(self._rows_of(step))
+        chosen = np.concatenate(self.parts_of(step))
         return Counts(
             items=int(self.parts.target_items[chosen].sum()),
             tokens_apart=int(self.parts.lengths_apart[chosen].sum()),
@@ -165,7 +166,7 @@ class BatchPlan:
 
     def batch(self, step: int, own: np.ndarray | None = None) -> PackedBatch:
         """Arrays [A, B, ...] of one optimizer step (counted from 0); of each pass only the rows `own`, where that is given."""
-        c, rows = self.config, self._rows_of(step)
+        c, rows = self.config, self.parts_of(step)
         if own is not None:
             rows = [rows[at * c.batch_rows + row] for at in range(c.accumulate) for row in own.tolist()]
         flat = self.parts.pack(rows, c.row_length, self.targets_per_row)

@@ -1,17 +1,30 @@
-"""Checkpoints: Orbax behind one module. A checkpoint is the trained variables and the optimizer state, by name."""
+"""Checkpoints: Orbax behind one module. A checkpoint is the trained variables and the optimizer state, by name, and a manifest.
 
+A step is written in the background, then read again for its manifest (`manifest.py`), and only then do older ones make room: at
+any moment the newest whole step is on disk. Of several processes the first writes manifests and looks for damage.
+"""
+
+import threading
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
-from orbax.checkpoint import checkpoint_managers
+from etils import epath
 
+from sftrec_jax.console import console
+from sftrec_jax.distributed import decide, is_main
 from sftrec_jax.errors import UserError
+from sftrec_jax.train import manifest
+from sftrec_jax.train.manifest import Damaged, Manifest
 from sftrec_jax.train.step import TrainState
 
 BEST_METRIC = "ndcg@10"
+ASIDE = "damaged"
+"""Where damaged steps wait for somebody to look at them."""
+FAILED_SAVES = 2
+"""So many saves in a row may fail, such as on a full disk, before the run stops."""
 
 
 def _named(state: TrainState) -> dict[str, Any]:
@@ -20,53 +33,204 @@ def _named(state: TrainState) -> dict[str, Any]:
         "step": state.step,
         "trained": state.trained,
         "optimizer": {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(state.optimizer)},
+        "health": state.health,
     }
 
 
 class Checkpoints:
-    """The checkpoints of a run: the newest `keep`, and the best by validation NDCG@10."""
+    """The checkpoints of a run.
 
-    def __init__(self, folder: Path, keep: int):
-        policy = checkpoint_managers.AnyPreservationPolicy(
-            [
-                checkpoint_managers.LatestN(n=keep),
-                checkpoint_managers.BestN(
-                    get_metric_fn=lambda metrics: metrics[BEST_METRIC], reverse=False, n=1, keep_checkpoints_without_metrics=False
-                ),
-            ]
-        )
+    Args:
+        folder: a local one, or `gs://...`, `s3://...`.
+        keep: newest steps that are kept, beside the best by score,
+        keep_every: and those whose number this divides; None: none of them.
+        fingerprint: goes into the manifests.
+        writing: False where the steps are only read: nothing in the folder is changed then.
+    """
+
+    def __init__(
+        self,
+        folder: Path | epath.Path,
+        keep: int,
+        keep_every: int | None = None,
+        fingerprint: dict[str, str] | None = None,
+        writing: bool = True,
+    ):
+        self.folder = epath.Path(folder if "://" in str(folder) else Path(folder).resolve())
+        self._keep, self._keep_every, self._writing = keep, keep_every, writing
+        self.fingerprint = fingerprint or {}
         self._manager = ocp.CheckpointManager(
-            folder.resolve(),
+            self.folder,
             item_handlers=ocp.PyTreeCheckpointHandler(),
-            options=ocp.CheckpointManagerOptions(
-                preservation_policy=policy, best_fn=lambda metrics: metrics[BEST_METRIC], best_mode="max"
-            ),
+            options=ocp.CheckpointManagerOptions(create=writing, cleanup_tmp_directories=writing),
         )
-        self.folder = folder
+        self._scores: dict[int, float | None] = {}
+        self._seal: threading.Thread | None = None
+        self._failed: tuple[int, Exception] | None = None
+        self._failures = 0
+        self._read_scores()
+
+    def _read_scores(self) -> None:
+        def scores() -> list[list[Any]]:
+            found: list[list[Any]] = []
+            for step in sorted(self._manager.all_steps()):
+                try:
+                    found.append([step, manifest.read(self._at(step)).score])
+                except Damaged:
+                    continue  # `newest` says so
+            return found
+
+        self._scores = {int(step): score for step, score in decide("scores", scores)}
+
+    def _at(self, step: int) -> epath.Path:
+        return self.folder / str(step)
 
     def steps(self) -> list[int]:
-        """Steps that are on disk, rising."""
-        return sorted(self._manager.all_steps())
+        """Steps that were written to the end, rising."""
+        return sorted(self._scores)
 
-    def latest(self) -> int | None:
-        """The newest step, or None."""
-        return max(self.steps(), default=None)
+    def newest(self) -> int | None:
+        """The newest step whose files are what was written, or None. Damaged ones are named, and laid aside by who writes."""
+        return self._intact(lambda steps: max(steps))
 
     def best(self) -> int | None:
-        """The step with the highest validation NDCG@10; the newest where none was validated; None where there is none."""
-        return self._manager.best_step() if self.steps() else None
+        """The step with the highest score whose files are what was written; the newest where none has a score; None where there
+        is none."""
 
-    def score(self, step: int) -> float:
-        """Validation NDCG@10 of a step."""
-        self._manager.wait_until_finished()
-        metrics = self._manager.metrics(step)
-        assert metrics is not None  # `save` always writes them
-        return float(metrics[BEST_METRIC])
+        def choose(steps: list[int]) -> int:
+            return max(steps, key=lambda step: (self._scores.get(step) is not None, self._scores.get(step) or 0.0, step))
 
-    def save(self, state: TrainState, metrics: dict[str, float]) -> None:
+        return self._intact(choose)
+
+    def _intact(self, choose: Any) -> int | None:
+        self.finish()
+
+        def search() -> dict[str, Any]:
+            left, gone = set(self._manager.all_steps()), {}
+            while left:
+                # Those without a manifest are looked at, too: they are named and laid aside.
+                half = left - self._scores.keys()
+                step = max(half) if half else choose(sorted(left))
+                left.discard(step)
+                try:
+                    manifest.verify(self._at(step))
+                except Damaged as why:
+                    gone[str(step)] = str(why)
+                    continue
+                if step in self._scores:
+                    return {"step": step, "gone": gone}
+            return {"step": None, "gone": gone}
+
+        found = decide("intact", search)
+        for step, why in found["gone"].items():
+            self._lay_aside(int(step), why)
+        step = found["step"]
+        if found["gone"] and self._writing:
+            self._manager.reload()
+        if found["gone"] and step is not None:
+            console.print(f"checkpoints: using step {step}, which is whole", markup=False)
+        return step
+
+    def _lay_aside(self, step: int, why: str) -> None:
+        self._scores.pop(step, None)
+        where = ""
+        if self._writing:
+            aside = self.folder / ASIDE
+            number = 0
+            if is_main():
+                aside.mkdir(parents=True, exist_ok=True)
+                while (to := aside / f"{step}.{number}").exists():
+                    number += 1
+                self._at(step).rename(to)
+            where = f"; kept aside in {aside}"
+        console.print(f"checkpoints: step {step} is damaged: {why}{where}", markup=False)
+
+    def score(self, step: int) -> float | None:
+        """The score of a step; None where it was not validated."""
+        return self._scores[step]
+
+    def manifest_of(self, step: int) -> Manifest:
+        """What a step says of itself. Raises UserError where it is damaged."""
+        self.finish()
+        try:
+            return manifest.read(self._at(step))
+        except Damaged as why:
+            raise UserError(f"{self.folder}: step {step} is damaged: {why}; use another step") from None
+
+    def save(self, state: TrainState, score: float | None = None) -> None:
         """Writes the state in the background, under its step."""
+        self.finish()
+        step = int(state.step)
+        if step in self._scores:
+            return
         args: Any = ocp.args.PyTreeSave(_named(state))  # pyright: ignore[reportCallIssue]
-        self._manager.save(int(state.step), args=args, metrics=metrics)
+        try:
+            self._manager.save(step, args=args, force=True)
+        except OSError as error:
+            self._failed = step, error
+            self._judge()
+            return
+        self._scores[step] = score
+        self._seal = threading.Thread(target=self._sealed, args=(step,), daemon=True)
+        self._seal.start()
+
+    def _sealed(self, step: int) -> None:
+        """Waits for the files of a step, then writes its manifest."""
+        try:
+            self._manager.wait_until_finished()
+            if is_main():
+                made = manifest.describe(self._at(step), step, self.fingerprint, self._scores[step])
+                manifest.write(self._at(step), made)
+        except Exception as error:  # whatever it was is told in `finish`, by the thread that trains
+            self._failed = step, error
+
+    def finish(self) -> None:
+        """Waits until what was saved is whole, and removes steps that need not be kept."""
+        if self._seal is None:
+            return
+        self._seal.join()
+        self._seal = None
+        self._judge()
+        for step in self._unwanted():
+            self._manager.delete(step)
+            del self._scores[step]
+
+    def _judge(self) -> None:
+        """Says that a save failed, and raises UserError when too many have."""
+        if self._failed is None:
+            self._failures = 0
+            return
+        (step, error), self._failed = self._failed, None
+        self._scores.pop(step, None)
+        self._failures += 1
+        why = " ".join(str(getattr(error, "strerror", None) or error).split())[:300]
+        said = f"{self.folder}: the checkpoint of step {step} cannot be written ({why}); earlier ones are intact"
+        if self._failures >= FAILED_SAVES:
+            raise UserError(f"{said}; free space or mend the folder, then go on with --resume") from None
+        console.print(f"{said}; going on, and trying again with the next one", markup=False)
+
+    def set_score(self, step: int, score: float) -> None:
+        """Gives a saved step its score."""
+        if self._seal is not None and self._seal.is_alive():
+            self._seal.join()
+        if step not in self._scores:
+            return  # its save failed, of which `finish` tells
+        self._scores[step] = score
+        if is_main() and self._failed is None:
+            try:
+                made = manifest.read(self._at(step))
+                manifest.write(self._at(step), Manifest(made.step, made.files, made.fingerprint, score))
+            except (OSError, Damaged) as error:
+                self._failed = step, OSError(str(error))
+
+    def _unwanted(self) -> list[int]:
+        steps = self.steps()
+        scored = [step for step in steps if self._scores[step] is not None]
+        kept = set(steps[-self._keep :])
+        if scored:
+            kept.add(max(scored, key=lambda step: (self._scores[step] or 0.0, step)))
+        every = self._keep_every
+        return [step for step in steps if step not in kept and not (every and step % every == 0)]
 
     def restore(self, step: int, state: TrainState) -> TrainState:
         """Reads a step into the shardings of `state`, which is of the same run's shape."""
@@ -74,14 +238,14 @@ class Checkpoints:
         found = self._read(step, named)
         paths, tree = jax.tree_util.tree_flatten_with_path(state.optimizer)
         optimizer = jax.tree_util.tree_unflatten(tree, [found["optimizer"][jax.tree_util.keystr(path)] for path, _ in paths])
-        return TrainState(found["step"], found["trained"], optimizer)
+        return TrainState(found["step"], found["trained"], optimizer, found["health"])
 
     def restore_trained(self, step: int, trained: dict[str, jax.Array]) -> dict[str, jax.Array]:
         """Reads only the trained arrays of a step, into the shardings of `trained`."""
         return self._read(step, {"trained": trained})["trained"]
 
     def _read(self, step: int, named: dict[str, Any]) -> dict[str, Any]:
-        self._manager.wait_until_finished()  # a step is listed from the start of its save, its folder appears at the end
+        self.finish()
         target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), named)
         stored = self._manager.item_metadata(step)
         if stored is None:
@@ -103,5 +267,7 @@ class Checkpoints:
 
     def close(self) -> None:
         """Waits for writes in the background."""
-        self._manager.wait_until_finished()
-        self._manager.close()
+        try:
+            self.finish()
+        finally:
+            self._manager.close()

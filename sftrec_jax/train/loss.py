@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from sftrec_jax.data.segments import PackedBatch
 from sftrec_jax.model.decoder import Decoder
@@ -30,12 +30,22 @@ def target_loss(decoder: Decoder, batch: PackedBatch, dropout_key: Array | None 
 
     Hidden states are gathered at `target_positions` before the head, so prompt tokens never meet the vocabulary.
     """
+    return loss_and_finite(decoder, batch, dropout_key)[0]
+
+
+def loss_and_finite(
+    decoder: Decoder, batch: PackedBatch, dropout_key: Array | None = None
+) -> tuple[Float[Array, ""], Bool[Array, " B"]]:
+    """`target_loss`, and of each row whether the hidden states at its targets are finite."""
     hidden = decoder.packed_hidden(batch, dropout_key)
     at_targets = jnp.take_along_axis(hidden, batch.target_positions[:, :, None], axis=1)
     devices = 1 if decoder.mesh is None else ways(decoder.mesh, "batch")
     at_targets = laid_out(at_targets, decoder.mesh, "batch", None, None)
     logits = CHUNK_LOGITS.get(platform_of(decoder.mesh), ELSE_LOGITS) * devices
-    return weighted_cross_entropy(decoder, at_targets, jnp.asarray(batch.labels), jnp.asarray(batch.weights), logits)
+    weights = jnp.asarray(batch.weights)
+    loss = weighted_cross_entropy(decoder, at_targets, jnp.asarray(batch.labels), weights, logits)
+    finite = jnp.all(jnp.isfinite(jnp.sum(at_targets.astype(jnp.float32), axis=-1)) | (weights == 0), axis=-1)
+    return loss, finite
 
 
 def weighted_cross_entropy(

@@ -10,33 +10,69 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from sftrec_jax.console import console
 from sftrec_jax.distributed import is_main
+from sftrec_jax.errors import UserError
 
 
 class JsonLines:
-    """Appends records to a JSON-lines file. On resuming, records of steps after `keep_until` are dropped first."""
+    """Appends records to a JSON-lines file, one a step and one a validation.
 
-    def __init__(self, path: Path, keep_until: int | None):
+    A file that cannot be written to never ends a run: it is said once, and what was not written is tried again with the next
+    record.
+
+    Args:
+        keep_until: on resuming, what goes beyond this step is dropped first; None: everything,
+        keep_valid: and the validation of that very step stays.
+    """
+
+    def __init__(self, path: Path, keep_until: int | None, keep_valid: bool = True):
+        self._path, self._file, self._unwritten, self._told = path, None, "", False
+        if not is_main():
+            return
         kept = ""
         if keep_until is not None and path.exists():
-            lines = path.read_text(encoding="utf-8").splitlines()
-            kept = "".join(f"{line}\n" for line in lines if line.endswith("}") and json.loads(line)["step"] <= keep_until)
-        self._file = None
-        if is_main():
-            temporary = path.with_name(f".{path.name}.{os.getpid()}")
+            for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+                record = _parsed(line)
+                if record is None or record["step"] > keep_until:
+                    continue
+                if keep_valid or record["step"] < keep_until or "valid" not in record:
+                    kept += f"{line}\n"
+        temporary = path.with_name(f".{path.name}.{os.getpid()}")
+        try:
             temporary.write_text(kept, encoding="utf-8")
             os.replace(temporary, path)
             self._file = path.open("a", encoding="utf-8")
+        except OSError as error:
+            temporary.unlink(missing_ok=True)
+            raise UserError(f"{path}: cannot be written ({error.strerror}); free space or choose another --out") from None
 
     def write(self, record: dict[str, Any]) -> None:
         """One line; visible to readers at once."""
-        if self._file is not None:
-            self._file.write(json.dumps(record) + "\n")
-            self._file.flush()
+        if self._file is None:
+            return
+        self._unwritten += json.dumps(record) + "\n"
+        try:
+            # At once and below Python's buffers, which would keep a line that failed and write it again at the end.
+            done = os.write(self._file.fileno(), self._unwritten.encode())
+            self._unwritten = self._unwritten.encode()[done:].decode()
+        except (OSError, ValueError) as error:
+            if not self._told:
+                why = getattr(error, "strerror", None) or error
+                console.print(f"{self._path}: cannot be written ({why}); training goes on, and tries again with every record")
+            self._told = True
 
     def close(self) -> None:
         """Closes the file."""
         if self._file is not None:
             self._file.close()
+
+
+def _parsed(line: str) -> dict[str, Any] | None:
+    """A record; None for a line that was cut off when a run was killed, or is none."""
+    try:
+        record = json.loads(line)
+    except ValueError:
+        return None
+    return record if isinstance(record, dict) and isinstance(record.get("step"), int) else None
 
 
 class TrainProgress:

@@ -15,7 +15,12 @@ from sftrec_jax.data.segments import PackedBatch
 from sftrec_jax.distributed import place
 from sftrec_jax.errors import UserError
 from sftrec_jax.model.sharding import spec_of, ways, with_arrays
-from sftrec_jax.train.loss import target_loss
+from sftrec_jax.train.loss import loss_and_finite
+
+TRUSTED = 32
+"""Steps after which the mean and the spread of the loss are known well enough to call one a spike."""
+MEMORY = 0.98
+"""How much of the mean and the variance of the loss a step leaves."""
 
 
 class TrainState(NamedTuple):
@@ -24,13 +29,19 @@ class TrainState(NamedTuple):
     step: jax.Array
     trained: dict[str, jax.Array]
     optimizer: Any
+    health: dict[str, jax.Array]
+    """Of the steps so far: `taken`, `skipped`, `in_a_row` skipped last (int32); `mean` and `variance` of the loss (float32)."""
+
+
+HEALTH = {"taken": np.int32, "skipped": np.int32, "in_a_row": np.int32, "mean": np.float32, "variance": np.float32}
 
 
 def init_state(trained: dict[str, jax.Array], optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
     """Step 0; the optimizer's moments lie where their parameters lie, its scalars on every device."""
     shardings = jax.tree.map(lambda x: x.sharding, abstract_state(trained, optimizer, mesh))
     moments = jax.jit(optimizer.init, out_shardings=shardings.optimizer)(trained)
-    return TrainState(place(np.zeros((), np.int32), shardings.step), trained, moments)
+    health = {name: place(np.zeros((), kind), shardings.step) for name, kind in HEALTH.items()}
+    return TrainState(place(np.zeros((), np.int32), shardings.step), trained, moments, health)
 
 
 def abstract_state(trained: Mapping[str, Any], optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
@@ -45,7 +56,8 @@ def abstract_state(trained: Mapping[str, Any], optimizer: optax.GradientTransfor
     named = {name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding) for name, x in trained.items()}
     moments = jax.tree_util.tree_map_with_path(placed, jax.eval_shape(optimizer.init, named))
     step: Any = jax.ShapeDtypeStruct((), jnp.int32, sharding=everywhere)
-    return TrainState(step, cast(dict[str, jax.Array], named), moments)
+    health: Any = {name: jax.ShapeDtypeStruct((), kind, sharding=everywhere) for name, kind in HEALTH.items()}
+    return TrainState(step, cast(dict[str, jax.Array], named), moments, health)
 
 
 def make_train_step(
@@ -55,6 +67,7 @@ def make_train_step(
     dropout_seed: int | None,
     like: TrainState,
     only: Collection[str] | None = None,
+    spikes: float | None = None,
 ) -> Callable[[TrainState, nnx.State, PackedBatch], tuple[TrainState, dict[str, jax.Array]]]:
     """The jitted step (state, frozen, batches) -> (state, metrics); `state` is donated.
 
@@ -65,7 +78,11 @@ def make_train_step(
     `batches` holds arrays [A, B, ...]: A passes whose gradients are added before one update. The loss is normalised
     over all target tokens of the A passes, so passes of unequal size weigh by their tokens. Metrics, float32 scalars:
     `loss` (nats a target token), `grad_norm` (before clipping), `targets`, `tokens` (without padding), `pairs` (tokens and those
-    that each of them sees).
+    that each of them sees), `taken` (1, or 0 for an update that was skipped), `in_a_row` (skipped last); and `finite`, bool
+    [A, B], whether the hidden states at the targets of each row are.
+
+    An update is skipped where loss or gradient are not finite or, with `spikes`, where the loss exceeds its mean over the steps
+    before by more than so many standard deviations (exponential averages both, from `TRUSTED` steps on). The step still counts.
     """
 
     def step(state: TrainState, frozen: nnx.State, batches: PackedBatch) -> tuple[TrainState, dict[str, jax.Array]]:
@@ -75,37 +92,71 @@ def make_train_step(
             keys = jax.random.split(jax.random.fold_in(jax.random.key(dropout_seed), state.step), passes)
         moving = {name: value for name, value in state.trained.items() if only is None or name in only}
 
-        def total_loss(moving: dict[str, jax.Array], batch: PackedBatch, key: jax.Array | None) -> jax.Array:
-            return target_loss(nnx.merge(graphdef, with_arrays(template, state.trained | moving), frozen), batch, key)
+        def total_loss(moving: dict[str, jax.Array], batch: PackedBatch, key: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+            decoder = nnx.merge(graphdef, with_arrays(template, state.trained | moving), frozen)
+            return loss_and_finite(decoder, batch, key)
 
-        def add(carry: Any, scanned: tuple[PackedBatch, jax.Array | None]) -> tuple[Any, None]:
-            value, gradient = jax.value_and_grad(total_loss)(moving, *scanned)
-            return (carry[0] + value, jax.tree.map(jnp.add, carry[1], gradient)), None
+        def add(carry: Any, scanned: tuple[PackedBatch, jax.Array | None]) -> tuple[Any, jax.Array]:
+            (value, finite), gradient = jax.value_and_grad(total_loss, has_aux=True)(moving, *scanned)
+            return (carry[0] + value, jax.tree.map(jnp.add, carry[1], gradient)), finite
 
         zero = (jnp.zeros((), jnp.float32), jax.tree.map(jnp.zeros_like, moving))
         if passes == 1:
             key = None if keys is None else keys[0]
-            loss, gradient = jax.value_and_grad(total_loss)(moving, jax.tree.map(lambda x: x[0], batches), key)
+            one = jax.tree.map(lambda x: x[0], batches)
+            (loss, finite), gradient = jax.value_and_grad(total_loss, has_aux=True)(moving, one, key)
+            finite = finite[None]
         else:
-            (loss, gradient), _ = jax.lax.scan(add, zero, (batches, keys))
+            (loss, gradient), finite = jax.lax.scan(add, zero, (batches, keys))
         targets = jnp.sum(batches.weights)
         gradient = jax.tree.map(lambda g: g / targets, gradient)
         masked = {name: gradient.get(name, optax.MaskedNode()) for name in state.trained}
         updates, optimizer_state = optimizer.update(masked, state.optimizer, state.trained)
         updates = cast(dict[str, jax.Array], updates)
         moved = cast(dict[str, jax.Array], optax.apply_updates(moving, {name: updates[name] for name in moving}))
-        trained = state.trained | moved
+        loss, norm = loss / targets, optax.tree.norm(gradient)
+        take = jnp.isfinite(loss) & jnp.isfinite(norm)
+        if spikes is not None:
+            usual = state.health["mean"] + spikes * jnp.sqrt(state.health["variance"])
+            take &= (state.health["taken"] < TRUSTED) | (loss <= usual)
+
+        def kept(new: Any, old: Any) -> Any:
+            return jax.tree.map(lambda a, b: jnp.where(take, a, b), new, old)
+
+        trained = state.trained | kept(moved, moving)
+        optimizer_state = kept(optimizer_state, state.optimizer)
+        health = _health(state.health, loss, take)
         metrics = {
-            "loss": loss / targets,
-            "grad_norm": optax.tree.norm(gradient),
+            "loss": loss,
+            "grad_norm": norm,
+            "taken": take.astype(jnp.float32),
+            "in_a_row": health["in_a_row"].astype(jnp.float32),
+            "finite": finite,
             "targets": targets,
             "tokens": jnp.sum(batches.segments > 0).astype(jnp.float32),
             # A token sees as many as it would see alone, that is its position and itself.
             "pairs": jnp.sum(jnp.where(batches.segments > 0, batches.positions + 1, 0), dtype=jnp.float32),
         }
-        return TrainState(state.step + 1, trained, optimizer_state), metrics
+        return TrainState(state.step + 1, trained, optimizer_state, health), metrics
 
     return jax.jit(step, donate_argnums=0, out_shardings=(jax.tree.map(lambda x: x.sharding, like), like.step.sharding))
+
+
+def _health(health: dict[str, jax.Array], loss: jax.Array, take: jax.Array) -> dict[str, jax.Array]:
+    """Counts a step; the loss of one that was skipped does not count for the averages."""
+    taken = health["taken"] + take
+    # Corrected for the start as Adam's moments are: of few steps the average is that of these steps.
+    share = (1 - MEMORY) / (1 - MEMORY ** taken.astype(jnp.float32))
+    away = loss - health["mean"]
+    mean = health["mean"] + share * away
+    variance = (1 - share) * (health["variance"] + share * away**2)
+    return {
+        "taken": taken,
+        "skipped": health["skipped"] + ~take,
+        "in_a_row": jnp.where(take, 0, health["in_a_row"] + 1),
+        "mean": jnp.where(take, mean, health["mean"]),
+        "variance": jnp.where(take, variance, health["variance"]),
+    }
 
 
 def own_rows(mesh: Mesh, rows: int) -> np.ndarray | None:
