@@ -387,7 +387,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 3 if isinstance(error, LeakError) else 2
     except stopping.Stopped:
         print(f"stopped; {GOES_ON[argv[0]]}", file=sys.stderr)
-        return stopping.EXIT_CODE
+        return stopping.leave()
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130

@@ -134,6 +134,14 @@ def saving(saver: Callable[[], None]) -> Iterator[None]:
         _stop.savers.remove(saver)
 
 
+def leave() -> int:
+    """The exit code, when all is saved: what comes now must not end the program with another one."""
+    if _stop.installed:
+        for number in SIGNALS:
+            signal.signal(number, signal.SIG_IGN)
+    return EXIT_CODE
+
+
 def _handle(number: int, frame: FrameType | None) -> None:
     _stop.signal = _stop.signal or number
     if not _stop.together and not _stop.holding and not _stop.seen.is_set():

@@ -19,6 +19,7 @@ import orbax.checkpoint as ocp
 
 ROOT = Path(__file__).parent.parent
 TIMED = {"seconds", "tokens_per_s", "target_tokens_per_s", "examples_per_s", "mfu", "loader_wait_s", "peak_bytes"}
+TIMES = {"seconds_evaluating"}
 CONFIG = f"""
 data: {{source: log.csv, time_column: null, user_core: 0}}
 items: {{tokenizer: atomic}}
@@ -123,19 +124,16 @@ def stored(out: Path, step: int) -> dict[str, np.ndarray]:
     return {jax.tree_util.keystr(at): np.asarray(leaf) for at, leaf in jax.tree_util.tree_leaves_with_path(found)}
 
 
-def different(one: Path, other: Path, step: int) -> list[str]:
-    """Names of what two finished runs do not have in common, bit for bit."""
+def differing(one: Path, other: Path, step: int, whole: bool = False) -> list[str]:
+    """Names of what two trained runs do not have in common, bit for bit; `whole`: of what evaluating left, too."""
     first, second = stored(one, step), stored(other, step)
     names = sorted(first.keys() ^ second.keys())
     names += [n for n in first.keys() & second.keys() if first[n].tobytes() != second[n].tobytes()]
     if records(one) != records(other):
         names.append("metrics.jsonl")
-    for name in ("metrics.json",):
-        mine, theirs = (
-            json.loads((path / name).read_text(encoding="utf-8")) | {"seconds_evaluating": 0} for path in (one, other)
-        )
-        if mine != theirs:
-            names.append(name)
-    if (one / "recommendations.parquet").read_bytes() != (other / "recommendations.parquet").read_bytes():
-        names.append("recommendations.parquet")
+    if whole:
+        mine, theirs = (json.loads((path / "metrics.json").read_text(encoding="utf-8")) for path in (one, other))
+        names += [name for name in mine.keys() | theirs.keys() if name not in TIMES and mine.get(name) != theirs.get(name)]
+        if (one / "recommendations.parquet").read_bytes() != (other / "recommendations.parquet").read_bytes():
+            names.append("recommendations.parquet")
     return names
