@@ -14,7 +14,9 @@ from sftrec_jax.config_file import dump_config, load_config, to_dict
 from sftrec_jax.distributed import is_main
 from sftrec_jax.errors import UserError
 
-ENTRIES = ("config.yaml", "prepared", "checkpoints", "metrics.jsonl", "metrics.json", "recommendations.parquet", "export")
+ENTRIES = (
+    "config.yaml", "prepared", "checkpoints", "metrics.jsonl", "metrics.json", "recommendations.parquet", "export", ".evaluate",
+)  # fmt: skip
 """Everything that a run writes; `--overwrite` removes these and nothing else."""
 
 PARKED = ".replaced"
@@ -61,6 +63,11 @@ class RunFolder:
     def recommendations(self) -> Path:
         """Ten items a user."""
         return self.path / "recommendations.parquet"
+
+    @property
+    def evaluating(self) -> Path:
+        """Lists of the users that an evaluation has come past, while it is under way."""
+        return self.path / ".evaluate"
 
     @property
     def export(self) -> Path:

@@ -77,12 +77,12 @@ class Parts:
             raise UserError(f"{self.path(name)}: cannot be written ({error.strerror or error}); free space and go on") from None
         self._json(f"{name}.json", {"source": source, "sha256": digest, "counts": counts})
 
-    def conclude(self, digest: str) -> None:
-        """Notes the SHA-256 of what all parts were joined to, before it gets its name."""
-        self._json(REQUEST, {"request": self._request, "joined": digest})
+    def conclude(self, joined: dict[str, str]) -> None:
+        """Notes what all parts were joined to, before it gets its name."""
+        self._json(REQUEST, {"request": self._request, "joined": joined})
 
     @property
-    def joined(self) -> str | None:
+    def joined(self) -> dict[str, str] | None:
         """What `conclude` noted."""
         return (self._read(REQUEST) or {}).get("joined")
 

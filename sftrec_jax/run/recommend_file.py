@@ -16,7 +16,7 @@ import polars as pl
 
 from sftrec_jax.console import Progress, console, progress
 from sftrec_jax.errors import UserError
-from sftrec_jax.run.history_files import Histories, Shard, count_rows, file_shards
+from sftrec_jax.run.history_files import Histories, Shard, check_file, count_rows, file_shards
 from sftrec_jax.run.identity import identity
 from sftrec_jax.run.parts import Parts, sha256_of
 from sftrec_jax.run.recommend import Ranker
@@ -36,6 +36,9 @@ class Asked:
     def __init__(self, session: Session, typed: Histories, file: Path | None, size: int):
         self.file, self.size = file, size
         self.total = len(typed.names)
+        typed_as = [(name, items.tolist(), dict(told.profile)) for name, items, told in zip(*typed, strict=True)]
+        self.source = hashlib.sha256(f"{typed_as} {'' if file is None else _digest(file)}".encode()).hexdigest()
+        """SHA-256 of all that is asked about."""
         self._shards: Iterator[Shard] = iter(())
         if typed.names:
             self._shards = iter([Shard(1, len(typed.names), "", lambda: typed)])
@@ -49,6 +52,14 @@ class Asked:
     def __iter__(self) -> Iterator[Shard]:
         """Once."""
         return self._shards
+
+
+def _digest(file: Path) -> str:
+    check_file(file)
+    try:
+        return sha256_of(file)
+    except OSError as error:
+        raise UserError(f"{file}: cannot be read ({error.strerror or error}); correct the path") from None
 
 
 def recommended(ranker: Ranker, asked: Asked) -> Iterator[pl.DataFrame]:
@@ -81,7 +92,7 @@ def recommend_to(ranker: Ranker, asked: Asked, out: Path, overwrite: bool) -> No
             )
         parts.drop()
     if out.exists():
-        if parts.joined == sha256_of(out):
+        if parts.joined == {"of": asked.source, "sha256": sha256_of(out)}:
             parts.drop()
             console.print(f"{out}: an earlier run of this command had written it whole")
             return
@@ -107,12 +118,12 @@ def recommend_to(ranker: Ranker, asked: Asked, out: Path, overwrite: bool) -> No
         console.print(f"{kept:,} of {counts['histories']:,} histories had been ranked by an earlier run")
     if again:
         console.print(f"{again:,} shards of an earlier run were damaged or of other rows and have been ranked again")
-    rows = _join(parts, names, out)
+    rows = _join(parts, names, asked.source, out)
     ranker.say(counts)
     console.print(f"wrote {rows:,} rows to {out}")
 
 
-def _join(parts: Parts, names: list[str], out: Path) -> int:
+def _join(parts: Parts, names: list[str], source: str, out: Path) -> int:
     """One file of all parts, renamed when it is whole and on the disk; then the parts go. Returns its rows."""
     temporary = parts.path(f".joined.{os.getpid()}")
     try:
@@ -120,7 +131,7 @@ def _join(parts: Parts, names: list[str], out: Path) -> int:
             rows = write_frames(file, out.suffix, (pl.read_parquet(parts.path(name)) for name in names))
             file.flush()
             os.fsync(file.fileno())
-        parts.conclude(sha256_of(temporary))
+        parts.conclude({"of": source, "sha256": sha256_of(temporary)})
         os.replace(temporary, out)
     except OSError as error:
         with suppress(OSError):
