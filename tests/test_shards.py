@@ -1,5 +1,6 @@
 """Long jobs in shards: one that was stopped anywhere goes on, and gives what one that was never stopped gives."""
 
+import dataclasses
 import json
 import os
 import random
@@ -13,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import polars as pl
 import pytest
 from tiny_run import ITEMS, trained, write_lines
@@ -317,6 +319,31 @@ def test_an_evaluation_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     asked_of.clear()
     evaluate_stage(one, decoder, step)
     assert asked_of == [16, 16, 8, 4] and results(one)[0] == whole[0] and not folder.exists()
+
+
+def test_parts_of_another_evaluation_are_removed(tmp_path: Path):
+    shutil.copytree(trained(), tmp_path / "run", ignore=shutil.ignore_patterns("export"))
+    one = open_session(tmp_path / "run")
+    template = write_lines(tmp_path / "other.j2", ["x"])
+    step = max(int(entry.name) for entry in one.folder.checkpoints.iterdir() if entry.name.isdigit())
+
+    def kept(session: Session, users: int = 40) -> bool:
+        """Whether what was written last is kept; writes something."""
+        parts = people.kept_parts(people.Asked(session, np.arange(users), session.dataset.test_position), step)
+        assert parts is not None
+        there = parts.finished("part", "") is not None
+        parts.write("part", "", {}, lambda path: path.write_text("", encoding="utf-8"))
+        return there
+
+    assert not kept(one) and kept(one) and not kept(one, 39) and not kept(one)
+    for change in ({"mask_seen": False}, {"templates": (str(template),)}):
+        config = dataclasses.replace(one.config, evaluate=dataclasses.replace(one.config.evaluate, **change))
+        assert not kept(other := dataclasses.replace(one, config=config)) and kept(other)
+    write_lines(template, ["y"])
+    assert not kept(other)
+    assert kept(other)
+    (one.folder.checkpoints / str(step) / "more").write_text("", encoding="utf-8")
+    assert not kept(other)
 
 
 @pytest.mark.slow

@@ -11,7 +11,7 @@ from sftrec_jax.console import Progress, console
 from sftrec_jax.data.dataset import Dataset
 from sftrec_jax.data.prompts import PromptBuilder
 from sftrec_jax.distributed import process_count
-from sftrec_jax.run.identity import identity
+from sftrec_jax.run.identity import files_digest, identity
 from sftrec_jax.run.parts import Parts, sha256_of
 from sftrec_jax.run.session import Session
 
@@ -114,7 +114,16 @@ def kept_parts(asked: Asked, step: int) -> Parts | None:
     if process_count() > 1:
         return None
     session, people = asked.session, hashlib.sha256(asked.users.astype(np.int64).tobytes() + asked.ends.tobytes())
-    request = {"users": people.hexdigest(), "data": sha256_of(session.folder.prepared / "dataset.json"), "shard": SHARD}
+    config = session.config.evaluate
+    request: dict[str, Any] = {
+        "users": people.hexdigest(),
+        "data": sha256_of(session.folder.prepared / "dataset.json"),
+        "shard": SHARD,
+        "evaluate": {
+            "mask_seen": config.mask_seen,
+            "templates": files_digest((file, Path(file)) for file in config.templates if Path(file).is_file()),
+        },
+    }
     parts = Parts(session.folder.evaluating, request | identity(session, step))
     if difference := parts.differences():
         console.print(f"removed what was kept of another evaluation ({difference})")

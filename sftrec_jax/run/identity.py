@@ -44,17 +44,18 @@ def identity(session: Session, step: int) -> dict[str, Any]:
 
 def folder_digest(path: Path) -> str:
     """SHA-256 over the names of all files below a folder, their sizes, and the bytes of small ones."""
-    return _digest((file.relative_to(path).as_posix(), file) for file in sorted(path.rglob("*")) if file.is_file())
+    return files_digest((file.relative_to(path).as_posix(), file) for file in sorted(path.rglob("*")) if file.is_file())
 
 
 def _base(source: BaseSource) -> str:
     """Of weights, config and tokenizer, which may lie among files that are something else's."""
     weights = [source.gguf] if source.gguf is not None else sorted(source.folder.glob("*.safetensors*"))
     parts = [*weights, *(folder / name for folder in (source.folder, source.tokenizer) for name in OF_BASE)]
-    return _digest((file.name, file) for file in parts if file.is_file())
+    return files_digest((file.name, file) for file in parts if file.is_file())
 
 
-def _digest(files: Iterable[tuple[str, Path]]) -> str:
+def files_digest(files: Iterable[tuple[str, Path]]) -> str:
+    """As `folder_digest`, of files under the names given."""
     digest = hashlib.sha256()
     for name, file in files:
         size = file.stat().st_size
