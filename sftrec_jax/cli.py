@@ -48,6 +48,7 @@ def _run(args: argparse.Namespace, extra: Sequence[str], argv: Sequence[str]) ->
     from sftrec_jax.run import session as sessions
     from sftrec_jax.run import stages
     from sftrec_jax.run.evaluation import evaluate_stage
+    from sftrec_jax.run.lock import locked
 
     begin = time.monotonic()
     if process_count() > 1:
@@ -61,7 +62,8 @@ def _run(args: argparse.Namespace, extra: Sequence[str], argv: Sequence[str]) ->
             stages.train_stage(session, args.resume, args.accept_changes)
     stopping.pause()
     decoder, step = session.trained_decoder()
-    evaluate_stage(session, decoder, step)
+    with locked(session.folder.path, "evaluation"):
+        evaluate_stage(session, decoder, step)
     stages.export_stage(session, decoder, _command(argv), args.resume or args.overwrite)
     path = session.folder.path
     console.print(f"done in {(time.monotonic() - begin) / 60:.1f} min: {path}")
@@ -114,9 +116,11 @@ def _evaluate(args: argparse.Namespace, extra: Sequence[str], argv: Sequence[str
         if getattr(args, option):
             raise UserError(f"--{option} needs --lists; see sftrec evaluate --help")
     from sftrec_jax.run.evaluation import evaluate_stage
+    from sftrec_jax.run.lock import locked
 
     session = _session(args.run, extra)
-    evaluate_stage(session, *session.trained_decoder(), exact=args.exact)
+    with locked(session.folder.path, "evaluation"):
+        evaluate_stage(session, *session.trained_decoder(), exact=args.exact)
 
 
 def _evaluate_lists(args: argparse.Namespace, extra: Sequence[str]) -> None:
@@ -240,10 +244,9 @@ def _add_items(args: argparse.Namespace, extra: Sequence[str], argv: Sequence[st
 
 
 def _recommend(args: argparse.Namespace, extra: Sequence[str], argv: Sequence[str]) -> None:
-    from sftrec_jax.console import console
-    from sftrec_jax.items.titles import TitleIndex
-    from sftrec_jax.run.recommend import allowed_items, file_histories, recommend, typed_profile, user_history
-    from sftrec_jax.run.tables import check_frame_path, write_frame
+    from sftrec_jax.run.recommend import Ranker, allowed_items, check_k, typed_histories
+    from sftrec_jax.run.recommend_file import SHARD, Asked, check_out, recommend_to, recommended
+    from sftrec_jax.run.tables import check_frame_path
 
     _check_together(args)
     if args.preferences:
@@ -253,40 +256,23 @@ def _recommend(args: argparse.Namespace, extra: Sequence[str], argv: Sequence[st
         raise UserError("--decode.top-k: the length of these lists is --k; give that instead")
     if args.to:
         check_frame_path(args.to)
-        if args.to.exists() and not args.overwrite:
-            raise UserError(f"--to {args.to}: exists already; name another file or add --overwrite")
+        check_out(args.to, args.overwrite)
     if not (args.user or args.history or args.file):
         raise UserError(f"nobody to recommend to; give --user, --history or --file, as in: {EXAMPLES['recommend']}")
     k = 10 if args.k is None else args.k
     session = _session(args.run, extra, max(1, k))
-    names, histories, told = [], [], []
-    for user in args.user:
-        history, more = user_history(session, user)
-        names.append(user)
-        histories.append(history)
-        told.append(more)
-    if args.profile and not args.history:
-        raise UserError("--profile goes with --history; users of the run and rows of a file have their own")
-    if args.history:
-        profile = typed_profile(session, args.profile)
-        index = TitleIndex(session.codes.titles, session.dataset.item_ids)
-        for number, text in enumerate(args.history, start=1):
-            names.append(f"history {number}")
-            histories.append(_as_items(index.split(text)))
-            told.append(profile)
-    if args.file:
-        for every, more in zip((names, histories, told), file_histories(session, args.file), strict=True):
-            every += more
-    allowed = allowed_items(session, args.only, args.without)
-    frame = recommend(session, names, histories, k, args.keep_seen, allowed, told)
+    check_k(session, k)
+    typed = typed_histories(session, args.user, args.history, args.profile)
+    asked = Asked(session, typed, args.file, args.shard or SHARD)
+    ranker = Ranker(session, k, args.keep_seen, allowed_items(session, args.only, args.without))
     if args.to:
-        write_frame(args.to, frame)
-        console.print(f"wrote {frame.height:,} rows to {args.to}")
-    elif args.json:
+        recommend_to(ranker, asked, args.to, args.overwrite)
+        return
+    for frame in recommended(ranker, asked):
         for row in frame.to_dicts():
-            print(json.dumps(row, ensure_ascii=False))
-    else:
-        for row in frame.to_dicts():
+            if args.json:
+                print(json.dumps(row, ensure_ascii=False))
+                continue
             if row["rank"] == 1:
                 print(row["user"])
             print(f"{row['rank']:4d}  {row['score']:8.3f}  {row['title']}")
@@ -294,12 +280,16 @@ def _recommend(args: argparse.Namespace, extra: Sequence[str], argv: Sequence[st
 
 def _check_together(args: argparse.Namespace) -> None:
     """UserError for an option of `recommend` that says nothing beside `--preferences`, or without it."""
-    lists = ("user", "history", "profile", "file", "only", "without", "k", "keep_seen", "to", "json")
+    lists = ("user", "history", "profile", "file", "only", "without", "k", "keep_seen", "to", "json", "shard")
     pairs = ("users", "negatives", "seed")
     if args.to and args.json:
         raise UserError("--to and --json: choose one; --to writes .jsonl as well")
     if args.overwrite and not (args.to or args.preferences):
         raise UserError("--overwrite needs --to or --preferences; see sftrec recommend --help")
+    if args.shard is not None and (args.shard < 1 or not args.file):
+        raise UserError(
+            f"--shard {args.shard}: " + ("use 1 or more" if args.file else "needs --file; see sftrec recommend --help")
+        )
     for name in lists if args.preferences else pairs:
         value = getattr(args, name)
         if value is not None and value is not False and value != []:
@@ -332,12 +322,6 @@ def _verify_results(args: argparse.Namespace, extra: Sequence[str], argv: Sequen
     return verify_stage(args.files, args.readme, args.write)
 
 
-def _as_items(items: list[int]) -> Any:
-    import numpy as np
-
-    return np.asarray(items, np.int32)
-
-
 VERBS = {
     "run": _run,
     "prepare": _prepare,
@@ -358,8 +342,8 @@ GOES_ON = {
     "run": "the same command with --resume goes on",
     "train": "the same command with --resume goes on",
     "reproduce": "the same command goes on",
-    "evaluate": "the same command does it again",
-    "recommend": "the same command does it again",
+    "evaluate": "the same command goes on",
+    "recommend": "the same command goes on where --file is ranked to --to",
     "export": "the same command does it again",
 }
 """Verbs that save what they have when they are asked to stop, or have nothing to lose, and how to go on."""

@@ -99,7 +99,12 @@ def make_parser() -> argparse.ArgumentParser:
     recommend.add_argument("--only", type=Path, metavar="FILE", help="recommend only these items: a line each, id or title")
     recommend.add_argument("--without", type=Path, metavar="FILE", help="never recommend these items: a line each, id or title")
     recommend.add_argument("--keep-seen", action="store_true", help="items of the history may be recommended again")
-    recommend.add_argument("--to", type=Path, metavar="FILE", help="write .parquet or .jsonl instead of printing")
+    recommend.add_argument(
+        "--to", type=Path, metavar="FILE", help="write .parquet or .jsonl instead of printing; if killed, run it again to go on"
+    )
+    recommend.add_argument(
+        "--shard", type=int, metavar="N", help="histories of FILE read, ranked and kept at a time (default 8192); see --to"
+    )
     recommend.add_argument("--json", action="store_true", help="print JSON lines")
     recommend.add_argument("--overwrite", action="store_true", help="replace the FILE of --to or --preferences")
     pairs = recommend.add_argument_group(

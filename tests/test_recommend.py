@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from sftrec_jax.errors import UserError
-from sftrec_jax.run.recommend import file_histories
+from sftrec_jax.run.history_files import Histories, file_shards
 
 SESSION: Any = SimpleNamespace(
     codes=SimpleNamespace(titles=np.array(["Heat (1995)", "Her; or Him", "Up"], object)),
@@ -18,9 +18,14 @@ SESSION: Any = SimpleNamespace(
 )
 
 
+def file_histories(path: Path) -> Histories:
+    (shard,) = file_shards(SESSION, path, 100)
+    return shard.read()
+
+
 def read(path: Path, rows: list[dict[str, Any]]) -> tuple[list[str], list[list[int]]]:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    names, histories, _ = file_histories(SESSION, path)
+    names, histories, _ = file_histories(path)
     return names, [h.tolist() for h in histories]
 
 
@@ -47,7 +52,7 @@ def test_what_else_is_told_comes_with_the_row(tmp_path: Path) -> None:
     ]
     path = tmp_path / "h.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    one, two = file_histories(SESSION, path)[2]
+    one, two = file_histories(path).told
     assert one.ratings is not None and one.gaps is not None and one.times is not None
     assert one.ratings.tolist() == [4, 2.5] and one.gaps.tolist() == [-1, 7200] and one.times.tolist() == [60, 7260]
     assert one.profile == {"age": "40"} and two.ratings is None and two.gaps is None and two.profile == {}
@@ -55,4 +60,4 @@ def test_what_else_is_told_comes_with_the_row(tmp_path: Path) -> None:
         for value in ([1], ["x", "y"], 3):
             path.write_text(json.dumps({"history": ["6", "Up"], name: value}) + "\n", encoding="utf-8")
             with pytest.raises(UserError, match=f"row 1: {name} is .*; write a list of 2 numbers"):
-                file_histories(SESSION, path)
+                file_histories(path)

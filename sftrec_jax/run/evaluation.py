@@ -17,9 +17,11 @@ from sftrec_jax.evaluate.comparison import COUNTER, compare, fit_baselines
 from sftrec_jax.evaluate.metrics import DEFAULT_KS, user_metrics
 from sftrec_jax.evaluate.uncertainty import draw
 from sftrec_jax.model.decoder import Decoder
+from sftrec_jax.run.asked import Asked, Ranked, in_shards, kept_parts
 from sftrec_jax.run.card import protocol_card
 from sftrec_jax.run.folder import write_json
 from sftrec_jax.run.lint import check_leaks
+from sftrec_jax.run.parts import Parts
 from sftrec_jax.run.session import Session, recommender
 from sftrec_jax.run.tables import metrics_table, write_recommendations
 from sftrec_jax.run.task_evaluation import evaluate_tasks, evaluate_templates
@@ -28,18 +30,6 @@ RECOMMENDED = 10
 """Items a user in recommendations.parquet."""
 BIGREC_BEAMS = 4
 """As in the paper; the best is grounded."""
-
-
-class Asked:
-    """Prompts and targets of some users at the given positions of their histories (-1: after the whole history)."""
-
-    def __init__(self, session: Session, users: np.ndarray, positions: np.ndarray):
-        histories = [session.dataset.history(int(u)) for u in users]
-        ends = [len(h) if positions[u] < 0 else int(positions[u]) for u, h in zip(users, histories, strict=True)]
-        self.histories = [h[:end] for h, end in zip(histories, ends, strict=True)]
-        self.targets = np.asarray([h[end] if end < len(h) else -1 for h, end in zip(histories, ends, strict=True)], np.int32)
-        told = (session.dataset.told(int(u), end) for u, end in zip(users, ends, strict=True))
-        self.prompts = [session.prompts.prompt(h, t) for h, t in zip(self.histories, told, strict=True)]
 
 
 def list_values(
@@ -103,7 +93,8 @@ def evaluate_stage(session: Session, decoder: Decoder, step: int, exact: bool = 
     users = np.concatenate([with_target, others])
     asked = Asked(session, users, dataset.test_position)
     decode = recommender(session, decoder)
-    masked, unmasked = decode.rank_both(asked.prompts, asked.histories, k, progress("evaluating", len(users)))
+    parts = kept_parts(asked, step)
+    masked, unmasked = _rank_all(decode, asked, k, parts)
     tested = len(with_target)
     targets, histories = asked.targets[:tested], asked.histories[:tested]
     groups, n_items = decode.groups, len(dataset.item_ids)
@@ -136,10 +127,10 @@ def evaluate_stage(session: Session, decoder: Decoder, step: int, exact: bool = 
         remarks += _grounded(session, decoder, decode, asked, shown, tested, result)
     if tested:
         result["tasks"], lines = evaluate_tasks(session, decode)
-        result["templates"], more = evaluate_templates(session, decode, with_target, targets, histories, k)
+        result["templates"], more = evaluate_templates(session, decode, asked, tested, k, parts)
         remarks += lines + more
     if tested and exact:
-        remarks += _exact(decode, asked, shown, tested, k, mask, result)
+        remarks += _exact(decode, asked, shown, tested, k, mask, parts, result)
     result["seconds_evaluating"] = round(time.monotonic() - begin, 1)
     if session.folder.metrics.exists():
         remarks.append(f"replaced the earlier results in {session.folder.metrics.name} and {session.folder.recommendations.name}")
@@ -147,12 +138,26 @@ def evaluate_stage(session: Session, decoder: Decoder, step: int, exact: bool = 
     top = min(RECOMMENDED, k)
     lists = Ranking(shown.items[:, :top], shown.scores[:, :top])
     write_recommendations(session.folder.recommendations, dataset, session.codes.titles, users, lists, config.decode.normaliser)
+    if parts is not None:
+        parts.drop()
     console.print(metrics_table(result))
     if groups.shared:
         console.print(f"{groups.shared:,} items share a code with others; the ranks of these are expected ones")
     for remark in remarks:
         console.print(remark)
     return result
+
+
+def _rank_all(decode: Recommender, asked: Asked, k: int, parts: Parts | None) -> tuple[Ranking, Ranking]:
+    """Of all users (without seen items, with them)."""
+    report = progress("evaluating", len(asked.users))
+
+    def rank(prompts: list[np.ndarray], histories: list[np.ndarray]) -> Ranked:
+        masked, unmasked = decode.rank_both(prompts, histories, k, report)
+        return {"items": masked.items, "scores": masked.scores, "all_items": unmasked.items, "all_scores": unmasked.scores}
+
+    found = in_shards(asked, len(asked.users), rank, report, parts, "model")
+    return Ranking(found["items"], found["scores"]), Ranking(found["all_items"], found["all_scores"])
 
 
 def _breakdown(
@@ -197,12 +202,12 @@ def _parts(parts: dict[str, Any], name: str) -> str:
 
 def _unconstrained(session: Session, decode: Recommender, asked: Asked, result: dict[str, Any]) -> list[str]:
     """How much of what the model writes with no catalogue to hold it is no item."""
-    sample = draw(np.arange(len(asked.prompts)), session.config.evaluate.unconstrained_users, session.config.train.seed)
+    sample = draw(np.arange(len(asked.users)), session.config.evaluate.unconstrained_users, session.config.train.seed)
     result |= {"invalid_rate_unconstrained": None, "invalid_rate_unconstrained_users": len(sample)}
     if not len(sample):
         return []
     most = min(RECOMMENDED, session.config.decode.beam)
-    rate = decode.invalid_rate([asked.prompts[i] for i in sample], most, progress("unconstrained", len(sample)))
+    rate = decode.invalid_rate(asked.prompts(sample), most, progress("unconstrained", len(sample)))
     result["invalid_rate_unconstrained"] = rate
     return [f"without the constraint {rate:.1%} of the top {most} ({len(sample)} users) would be no item; with it, none is"]
 
@@ -212,7 +217,7 @@ def _grounded(
 ) -> list[str]:
     """The items nearest to what the model writes freely (see `Grounder`), beside its own lists for the same users."""
     sample = draw(np.arange(tested), session.config.evaluate.grounding_users, session.config.train.seed)
-    prompts = [asked.prompts[i] for i in sample]
+    prompts = asked.prompts(sample)
     left_out = [asked.histories[i] for i in sample] if session.config.evaluate.mask_seen else None
     tokens, scores = decode.generate(prompts, min(BIGREC_BEAMS, session.config.decode.beam), progress("free text", len(sample)))
     grounder = Grounder(decoder, session.codes, session.mesh)
@@ -225,21 +230,34 @@ def _grounded(
 
 
 def _exact(
-    decode: Recommender, asked: Asked, shown: Ranking, tested: int, k: int, mask: bool, result: dict[str, Any]
+    decode: Recommender,
+    asked: Asked,
+    shown: Ranking,
+    tested: int,
+    k: int,
+    mask: bool,
+    parts: Parts | None,
+    result: dict[str, Any],
 ) -> list[str]:
     """How many of the exact top K the beam missed."""
     begin = time.monotonic()
-    histories = asked.histories[:tested] if mask else None
-    exact = exact_ranking(decode, asked.prompts[:tested], histories, k, progress("exact", tested))
-    lost = missed(Ranking(shown.items[:tested], shown.scores[:tested]), exact.ranking)
-    metrics = list_metrics(exact.ranking.items, asked.targets[:tested], decode.groups, histories, decode.tree.n_items)
+    report = progress("exact", tested)
+
+    def rank(prompts: list[np.ndarray], seen: list[np.ndarray]) -> Ranked:
+        found = exact_ranking(decode, prompts, seen if mask else None, k, report)
+        return {"items": found.ranking.items, "scores": found.ranking.scores, "widths": found.widths}
+
+    found = in_shards(asked, tested, rank, report, parts, "exact")
+    exact, histories = Ranking(found["items"], found["scores"]), asked.histories[:tested] if mask else None
+    lost = missed(Ranking(shown.items[:tested], shown.scores[:tested]), exact)
+    metrics = list_metrics(exact.items, asked.targets[:tested], decode.groups, histories, decode.tree.n_items)
     result["exact"] = metrics | {
         "k": k,
         "beam": decode.config.beam,
         "missed": int(lost.sum()),
-        "missed_share": float(lost.sum() / max(1, (exact.ranking.items >= 0).sum())),
+        "missed_share": float(lost.sum() / max(1, (exact.items >= 0).sum())),
         "users_with_missed": int((lost > 0).sum()),
-        "widest_beam": int(exact.widths.max()),
+        "widest_beam": int(found["widths"].max()),
         "seconds": round(time.monotonic() - begin, 1),
     }
     one = result["exact"]

@@ -17,7 +17,8 @@ from sftrec_jax.run import lock
 from sftrec_jax.run.lock import locked
 
 ENTRIES = (
-    "config.yaml", "prepared", "checkpoints", "metrics.jsonl", "metrics.json", "recommendations.parquet", "export", "save-now"
+    "config.yaml", "prepared", "checkpoints", "metrics.jsonl", "metrics.json", "recommendations.parquet", "export", ".evaluate",
+    "save-now",
 )  # fmt: skip
 """Everything that a run writes; `--overwrite` removes these and nothing else."""
 
@@ -70,6 +71,11 @@ class RunFolder:
     def recommendations(self) -> Path:
         """Ten items a user."""
         return self.path / "recommendations.parquet"
+
+    @property
+    def evaluating(self) -> Path:
+        """Lists of the users that an evaluation has come past, while it is under way."""
+        return self.path / ".evaluate"
 
     @property
     def export(self) -> Path:

@@ -16,15 +16,16 @@ NAME = ".lock"
 
 
 @contextmanager
-def locked(folder: Path) -> Iterator[None]:
+def locked(folder: Path, what: str = "") -> Iterator[None]:
     """Within it no other process works in an existing folder. UserError, with who does, where one is at work there already.
 
+    `what`: a part of the work that may go beside others, such as an evaluation beside training.
     Of several processes of a run the first holds the lock. A file system that knows no locks is said to, and gone on with.
     """
     if not is_main():
         yield
         return
-    path = folder / NAME
+    path = folder / f"{NAME}{what and '-'}{what}"
     file = _open(folder, path)
     try:
         try:

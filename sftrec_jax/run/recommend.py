@@ -1,17 +1,18 @@
-"""`sftrec recommend`: users of the run, typed histories, or a file of histories, to ranked titles."""
+"""`sftrec recommend`: users of the run, typed histories, or shards of a file of histories, to ranked titles."""
 
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import polars as pl
-from polars.exceptions import PolarsError
 
-from sftrec_jax.console import console, progress
-from sftrec_jax.data.told import NOTHING, Told
+from sftrec_jax.console import console
+from sftrec_jax.data.told import Told
+from sftrec_jax.decode.batches import Progress
 from sftrec_jax.errors import UserError
 from sftrec_jax.items.titles import TitleIndex
+from sftrec_jax.run.history_files import Histories
 from sftrec_jax.run.session import Session, recommender
 from sftrec_jax.run.tables import recommendation_frame
 
@@ -28,62 +29,6 @@ def user_history(session: Session, user: str) -> tuple[np.ndarray, Told]:
     return session.dataset.history(int(found[0])), session.dataset.told(int(found[0]))
 
 
-def file_histories(session: Session, path: Path) -> tuple[list[str], list[np.ndarray], list[Told]]:
-    """Names, histories and what else is told, from a file.
-
-    `.jsonl` or `.parquet`: column `history` with a list of item ids or titles (or one text with `;` between them), and
-    optionally `user`, `ratings` and `timestamps` (lists as long as the history), and the fields of profiles. `.txt`: a line a
-    user, titles or ids with `;` between them.
-    """
-    if not path.exists():
-        raise UserError(f"{path}: no such file; give a .jsonl, .parquet or .txt file of histories")
-    try:
-        if path.suffix == ".txt":
-            rows: list[dict[str, Any]] = [{"history": line} for line in path.read_text(encoding="utf-8").splitlines()]
-        elif path.suffix == ".jsonl":
-            rows = pl.read_ndjson(path).to_dicts()
-        elif path.suffix == ".parquet":
-            rows = pl.read_parquet(path).to_dicts()
-        else:
-            raise UserError(f"{path}: unknown ending {path.suffix!r}; use .jsonl, .parquet or .txt")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: byte {error.start} is not UTF-8; convert it with `iconv -t UTF-8`") from None
-    except (PolarsError, OSError) as error:
-        raise UserError(f"{path}: cannot be read ({' '.join(str(error).split())[:200]})") from None
-    if not rows:
-        raise UserError(f"{path}: holds no history; write at least one row")
-    index = TitleIndex(session.codes.titles, session.dataset.item_ids)
-    by_id = {str(item): i for i, item in enumerate(session.dataset.item_ids)}
-    names, histories, told = [], [], []
-    for number, row in enumerate(rows, start=1):
-        if "history" not in row:
-            raise UserError(f"{path}: row {number} has no column `history`, it has {', '.join(row)}; rename the column")
-        try:
-            items = _items(row["history"], index, by_id)
-            told.append(_told(row, len(items), session.prompts.writer.profile))
-        except UserError as error:
-            raise UserError(f"{path}: row {number}: {error}") from None
-        names.append(str(number if row.get("user") is None else row["user"]))
-        histories.append(np.asarray(items, np.int32))
-    return names, histories, told
-
-
-def _told(row: dict[str, Any], count: int, profile: Sequence[str]) -> Told:
-    lists: dict[str, np.ndarray | None] = {}
-    for name, kind in (("ratings", np.float32), ("timestamps", np.int64)):
-        values = row.get(name)
-        if values is None:
-            lists[name] = None
-            continue
-        if not isinstance(values, list) or len(values) != count or not all(isinstance(v, int | float) for v in values):
-            raise UserError(f"{name} is {values!r}; write a list of {count} numbers, one for each item of the history")
-        lists[name] = np.asarray(values, kind)
-    times = lists["timestamps"]
-    gaps = None if times is None else np.diff(times, prepend=times[:1] + 1)
-    fields = {name: str(row[name]) for name in profile if row.get(name) is not None}
-    return Told(lists["ratings"], times, gaps, {}, fields)
-
-
 def typed_profile(session: Session, words: Sequence[str]) -> Told:
     """`FIELD=TEXT` of the command line. Raises UserError for a field that prompts do not say."""
     fields = {}
@@ -95,15 +40,6 @@ def typed_profile(session: Session, words: Sequence[str]) -> Told:
             raise UserError(f"--profile {word}: prompts of this run {says}")
         fields[name] = value
     return Told(profile=fields)
-
-
-def _items(value: Any, index: TitleIndex, by_id: dict[str, int]) -> list[int]:
-    """Item indices of a cell: text with `;` between titles, or a list of ids or titles; null is an empty history."""
-    if isinstance(value, str):
-        return index.split(value)
-    if not isinstance(value, list | None):
-        raise UserError(f"history is {value!r}; write a list of item ids or titles, or titles with `;` between them")
-    return [i for v in value or [] for i in ([by_id[str(v)]] if str(v) in by_id else index.split(str(v)))]
 
 
 def allowed_items(session: Session, only: Path | None, without: Path | None) -> np.ndarray | None:
@@ -140,52 +76,85 @@ def _listed(session: Session, path: Path) -> list[int]:
     return items
 
 
-def recommend(
-    session: Session,
-    names: Sequence[str],
-    histories: Sequence[np.ndarray],
-    k: int,
-    keep_seen: bool,
-    allowed: np.ndarray | None = None,
-    told: Sequence[Told] | None = None,
-) -> pl.DataFrame:
-    """Columns as of `recommendation_frame`: the `k` best items for each history, without those in it.
+class Ranker:
+    """Ranks histories with the best checkpoint of a run, and says with which.
 
-    `allowed`: bool [n_items] items that may be recommended, or None; `told`: of each history what else is known. Says how many
-    lists are shorter than `k`, and how many histories lack what prompts name.
+    Args:
+        k: items for each history.
+        keep_seen: items of a history may be recommended again.
+        allowed: bool [n_items] items that may be recommended, or None.
     """
+
+    def __init__(self, session: Session, k: int, keep_seen: bool, allowed: np.ndarray | None = None):
+        check_k(session, k)
+        decoder, self.step = session.trained_decoder()
+        self.session, self.k, self.keep_seen, self.allowed = session, k, keep_seen, allowed
+        by = session.config.decode.normaliser
+        console.print(
+            f"model of {session.folder.path}, step {self.step}" + ("" if by == "full" else f", scores normalised over {by}")
+        )
+        self._decode = recommender(session, decoder)
+
+    def frame(self, people: Histories, report: Progress | None = None) -> tuple[pl.DataFrame, Counter[str]]:
+        """Columns as of `recommendation_frame`: the best items for each history; and what `say` says of them."""
+        prompts, counts = self._prompts(people)
+        seen = None if self.keep_seen else people.items
+        ranking = self._decode.rank(prompts, seen, self.k, report, self.allowed)
+        counts["short"] = int((ranking.items < 0).any(axis=1).sum())
+        data, by = self.session.dataset, self.session.config.decode.normaliser
+        return recommendation_frame(people.names, data.item_ids, self.session.codes.titles, ranking, by), counts
+
+    def _prompts(self, people: Histories) -> tuple[list[np.ndarray], Counter[str]]:
+        builder, prompts = self.session.prompts, []
+        counts = Counter(histories=len(people.names))
+        for history, more in zip(people.items, people.told, strict=True):
+            for name in (*builder.writer.told, *builder.writer.profile):
+                counts[f"without {name}"] += not more.tells(name)
+            before = builder.counts["items_cut_to_context"]
+            prompts.append(builder.prompt(history, more))
+            counts["cut"] += len(history) > builder.max_history or builder.counts["items_cut_to_context"] > before
+        return prompts, counts
+
+    def say(self, counts: Counter[str]) -> None:
+        """How many histories are not in their prompts whole, lack what prompts name, and got fewer items than `k`."""
+        builder, total = self.session.prompts, counts["histories"]
+        if cut := counts["cut"]:
+            console.print(
+                f"{cut:,} of {total:,} histories are longer than a prompt (prompt.max_history is {builder.max_history}, "
+                f"train.row_length {self.session.config.train.row_length}); only their newest items count"
+            )
+        for name in (*builder.writer.told, *builder.writer.profile):
+            if count := counts[f"without {name}"]:
+                console.print(f"{count:,} of {total:,} prompts do not say {name}, which is not known")
+        if short := counts["short"]:
+            hidden = "" if self.keep_seen else " (items of the history are left out; --keep-seen allows them)"
+            console.print(f"{short:,} of {total:,} lists are shorter than {self.k}: no other item is left to recommend{hidden}")
+
+
+def check_k(session: Session, k: int) -> None:
+    """UserError for lists that the catalogue cannot fill."""
     n_items = len(session.dataset.item_ids)
     if not 1 <= k <= n_items:
         raise UserError(f"--k {k}: the catalogue has {n_items:,} items; use a number from 1 to {n_items}")
-    decoder, step = session.trained_decoder()
-    by = session.config.decode.normaliser
-    console.print(f"model of {session.folder.path}, step {step}" + ("" if by == "full" else f", scores normalised over {by}"))
-    prompts = _prompts(session, histories, [NOTHING] * len(histories) if told is None else told)
-    seen = None if keep_seen else list(histories)
-    ranking = recommender(session, decoder).rank(prompts, seen, k, progress("recommending", len(prompts)), allowed)
-    short = int((ranking.items < 0).any(axis=1).sum())
-    if short:
-        hidden = "" if keep_seen else " (items of the history are left out; --keep-seen allows them)"
-        console.print(f"{short:,} of {len(prompts):,} lists are shorter than {k}: no other item is left to recommend{hidden}")
-    return recommendation_frame(list(names), session.dataset.item_ids, session.codes.titles, ranking, by)
 
 
-def _prompts(session: Session, histories: Sequence[np.ndarray], told: Sequence[Told]) -> list[np.ndarray]:
-    """Prompts; says how many do not hold the whole history, and what they would say if it were told."""
-    builder, prompts, cut = session.prompts, [], 0
-    untold: dict[str, int] = {}
-    for history, more in zip(histories, told, strict=True):
-        for name in (*builder.writer.told, *builder.writer.profile):
-            untold[name] = untold.get(name, 0) + (not more.tells(name))
-        before = builder.counts["items_cut_to_context"]
-        prompts.append(builder.prompt(history, more))
-        cut += len(history) > builder.max_history or builder.counts["items_cut_to_context"] > before
-    if cut:
-        console.print(
-            f"{cut:,} of {len(prompts):,} histories are longer than a prompt (prompt.max_history is {builder.max_history}, "
-            f"train.row_length {session.config.train.row_length}); only their newest items count"
-        )
-    for name, count in untold.items():
-        if count:
-            console.print(f"{count:,} of {len(prompts):,} prompts do not say {name}, which is not known")
-    return prompts
+def typed_histories(session: Session, users: Sequence[str], histories: Sequence[str], profile: Sequence[str]) -> Histories:
+    """Of `--user`, then of `--history` with `--profile`."""
+    out = Histories([], [], [])
+    for user in users:
+        history, told = user_history(session, user)
+        _add(out, user, history, told)
+    if profile and not histories:
+        raise UserError("--profile goes with --history; users of the run and rows of a file have their own")
+    if histories:
+        said = typed_profile(session, profile)
+        index = TitleIndex(session.codes.titles, session.dataset.item_ids)
+        for number, text in enumerate(histories, start=1):
+            _add(out, f"history {number}", np.asarray(index.split(text), np.int32), said)
+    return out
+
+
+def _add(people: Histories, name: str, items: np.ndarray, told: Told) -> None:
+    people.names.append(name)
+    people.items.append(items)
+    people.told.append(told)

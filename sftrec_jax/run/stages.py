@@ -32,7 +32,8 @@ from sftrec_jax.model.peft_read import trains_tokens
 from sftrec_jax.model.peft_write import export_adapter
 from sftrec_jax.model.remat import choose_remat
 from sftrec_jax.model.sharding import BATCH, with_arrays
-from sftrec_jax.run.evaluation import Asked, list_metrics
+from sftrec_jax.run.asked import Asked
+from sftrec_jax.run.evaluation import list_metrics
 from sftrec_jax.run.example_names import example_names
 from sftrec_jax.run.export_catalogue import write_catalogue
 from sftrec_jax.run.fingerprint import check_same, fingerprint, packing_sha256
@@ -222,6 +223,7 @@ class _Validator:
             np.flatnonzero(session.dataset.valid_position >= 0), session.config.train.validate_users, session.config.train.seed
         )
         self.asked = Asked(session, self.users, session.dataset.valid_position)
+        self.prompts = self.asked.prompts()
         self.recommender = recommender(session, decoder)
 
     def __call__(self, decoder: Decoder) -> dict[str, float]:
@@ -230,7 +232,7 @@ class _Validator:
         self.recommender.update(decoder)
         k = min(self.session.config.decode.top_k, len(self.session.dataset.item_ids))
         left_out = self.asked.histories if self.session.config.evaluate.mask_seen else None
-        ranking = self.recommender.rank(self.asked.prompts, left_out, k)
+        ranking = self.recommender.rank(self.prompts, left_out, k)
         metrics = list_metrics(ranking.items, self.asked.targets, self.recommender.groups, left_out)
         return {**metrics, "users": float(len(self.users))}
 

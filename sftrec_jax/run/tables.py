@@ -1,11 +1,14 @@
 """Tables that a run shows and writes: metrics beside baselines, recommendations with titles."""
 
 import os
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import polars as pl
+import pyarrow as pa
+import pyarrow.parquet as pq
 from rich.table import Table
 
 from sftrec_jax.data.dataset import Dataset
@@ -14,6 +17,8 @@ from sftrec_jax.distributed import is_main
 from sftrec_jax.errors import UserError
 from sftrec_jax.evaluate.comparison import BASELINES
 
+AT_ONCE = 8192
+"""Users whose lists are turned into titles at once."""
 SHOWN = ("recall@5", "ndcg@5", "recall@10", "ndcg@10", "recall@20", "ndcg@20", "mrr")
 
 
@@ -89,11 +94,49 @@ def write_frame(path: Path, frame: pl.DataFrame) -> None:
         raise UserError(f"{path}: cannot be written ({error.strerror or error}); choose another place") from None
 
 
+def write_frames(file: BinaryIO, ending: str, frames: Iterable[pl.DataFrame]) -> int:
+    """Frames of the same columns one after the other, at least one, as Parquet or JSON lines by `ending`; returns the rows."""
+    rows = 0
+    if ending == ".jsonl":
+        for frame in frames:
+            frame.write_ndjson(file)
+            rows += frame.height
+        return rows
+    writer: pq.ParquetWriter | None = None
+    try:
+        for frame in frames:
+            table = frame.to_arrow(compat_level=pl.CompatLevel.oldest())
+            schema = pa.schema([(f.name, pa.string() if pa.types.is_large_string(f.type) else f.type) for f in table.schema])
+            writer = writer or pq.ParquetWriter(file, schema, compression="zstd")
+            writer.write_table(table.cast(schema))
+            rows += frame.height
+    finally:
+        if writer is not None:
+            writer.close()
+    return rows
+
+
 def write_recommendations(
     path: Path, dataset: Dataset, titles: np.ndarray, users: np.ndarray, ranking: Ranking, normaliser: str
 ) -> None:
     """recommendations.parquet of a run, users in the order of the data set."""
     order = np.argsort(users, kind="stable")
-    names = [str(dataset.user_ids[users[i]]) for i in order]
-    ordered = Ranking(ranking.items[order], ranking.scores[order])
-    write_frame(path, recommendation_frame(names, dataset.item_ids, titles, ordered, normaliser))
+
+    def frame(some: np.ndarray) -> pl.DataFrame:
+        names = [str(dataset.user_ids[users[i]]) for i in some]
+        ordered = Ranking(ranking.items[some], ranking.scores[some])
+        return recommendation_frame(names, dataset.item_ids, titles, ordered, normaliser)
+
+    if len(order) <= AT_ONCE:
+        write_frame(path, frame(order))
+        return
+    if not is_main():
+        return
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with temporary.open("wb") as file:
+            write_frames(file, path.suffix, (frame(order[at : at + AT_ONCE]) for at in range(0, len(order), AT_ONCE)))
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise UserError(f"{path}: cannot be written ({error.strerror or error}); choose another place") from None

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from sftrec_jax.console import console, progress
+from sftrec_jax.console import Progress, console, progress
 from sftrec_jax.data.prompts import prompt_builder
 from sftrec_jax.data.task_words import TaskWords
 from sftrec_jax.data.tasks import wanted_tasks
@@ -14,6 +14,9 @@ from sftrec_jax.data.user_tasks import KINDS, Asked, UserTasks
 from sftrec_jax.decode.recommender import Recommender
 from sftrec_jax.evaluate.metrics import user_metrics
 from sftrec_jax.evaluate.text_metrics import overlap, rating_errors
+from sftrec_jax.run.asked import Asked as People
+from sftrec_jax.run.asked import Ranked, in_shards
+from sftrec_jax.run.parts import Parts
 from sftrec_jax.run.session import Session
 
 
@@ -105,19 +108,23 @@ def _padded(items: np.ndarray, width: int = 20) -> np.ndarray:
 
 
 def evaluate_templates(
-    session: Session, decode: Recommender, users: np.ndarray, targets: np.ndarray, histories: Sequence[np.ndarray], k: int
+    session: Session, decode: Recommender, asked: People, tested: int, k: int, parts: Parts | None
 ) -> tuple[dict[str, Any], list[str]]:
-    """By `evaluate.templates`: metrics of the same test users, asked with a template that training had not (P5's zero-shot)."""
+    """By `evaluate.templates`: metrics of the first `tested` users, asked with a template that training had not (P5's
+    zero-shot); `parts` as for `in_shards`."""
     found: dict[str, Any] = {}
-    prompt, data = session.config.prompt, session.dataset
+    prompt, data, mask = session.config.prompt, session.dataset, session.config.evaluate.mask_seen
+    targets, histories = asked.targets[:tested], asked.histories[:tested]
     for template in session.config.evaluate.templates:
         context = min(session.build.arch.context, session.config.train.row_length)
         builder = prompt_builder(prompt, session.codes, session.tokenizer, context, data, template)
-        told = (data.told(int(user), len(history)) for user, history in zip(users, histories, strict=True))
-        prompts = [builder.prompt(history, more) for history, more in zip(histories, told, strict=True)]
-        left_out = list(histories) if session.config.evaluate.mask_seen else None
-        lists = decode.rank(prompts, left_out, k, progress("unseen template", len(prompts))).items
-        ties = decode.groups.ties(lists, targets, left_out) if decode.groups.shared else None
+        report = progress("unseen template", tested)
+
+        def rank(prompts: list[np.ndarray], seen: list[np.ndarray], report: Progress = report) -> Ranked:
+            return {"items": decode.rank(prompts, seen if mask else None, k, report).items}
+
+        lists = in_shards(asked, tested, rank, report, parts, f"template-{len(found)}", builder)["items"]
+        ties = decode.groups.ties(lists, targets, histories if mask else None) if decode.groups.shared else None
         means = user_metrics(_padded(lists), targets, ties=ties)
         found[template.rsplit("/", 1)[-1]] = {name: float(v.mean()) for name, v in means.items()}
     lines = [f"unseen template {name}: R@10 {v['recall@10']:.4f} N@10 {v['ndcg@10']:.4f}" for name, v in found.items()]
