@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from sftrec_jax import stopping
 from sftrec_jax.cli_parser import EXAMPLES, make_parser
+from sftrec_jax.console import lasting
 from sftrec_jax.distributed import agree, join, on_main, process_count, wanted
 from sftrec_jax.errors import LeakError, UserError
 
@@ -367,13 +368,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         _join(args.verb)
         return VERBS[args.verb](args, extra, argv) or 0
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {error}", file=lasting)
         return 3 if isinstance(error, LeakError) else 2
     except stopping.Stopped:
-        print(f"stopped; {GOES_ON[argv[0]]}", file=sys.stderr)
+        print(f"stopped; {GOES_ON[argv[0]]}", file=lasting)
         return stopping.leave()
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+        print("interrupted", file=lasting)
         return 130
 
 

@@ -1,10 +1,33 @@
 """Where text for people goes: standard error, through rich."""
 
+import sys
 import time
+from typing import Any
 
 from rich.console import Console
 
-console = Console(stderr=True, highlight=False, soft_wrap=True)
+
+class _Lasting:
+    """Standard error, whatever that is at the moment; that nobody reads it any more, or its disk is full, ends nothing."""
+
+    def write(self, text: str) -> int:
+        try:
+            return sys.stderr.write(text)
+        except (OSError, ValueError):
+            return len(text)
+
+    def flush(self) -> None:
+        try:
+            sys.stderr.flush()
+        except (OSError, ValueError):
+            pass
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(sys.stderr, name)
+
+
+lasting: Any = _Lasting()
+console = Console(file=lasting, highlight=False, soft_wrap=True)
 
 PROGRESS_SECONDS = 15.0
 

@@ -45,18 +45,22 @@ def write_run(folder: Path, config: str = CONFIG) -> Path:
     return folder / "run.yaml"
 
 
-def start(*words: str, cache: Path | None = None, devices: int = 1, **more: str) -> subprocess.Popen[str]:
-    """`sftrec WORDS...`, as leader of a process group. `cache`: of compiled programs, shared between starts."""
+def environment(cache: Path | None = None, devices: int = 1) -> dict[str, str]:
+    """Of a run on the CPU. `cache`: of compiled programs, shared between starts."""
     flags = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
-    environment = {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT), **more}
+    found = {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
+    found.pop("JAX_COMPILATION_CACHE_DIR", None)
     if cache is not None:
-        environment |= {"JAX_COMPILATION_CACHE_DIR": str(cache), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
-    else:
-        environment.pop("JAX_COMPILATION_CACHE_DIR", None)
-    command = [sys.executable, "-m", "sftrec_jax.cli", *words]
+        found |= {"JAX_COMPILATION_CACHE_DIR": str(cache), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+    return found
+
+
+def start(*words: str, cache: Path | None = None, devices: int = 1, **more: str) -> subprocess.Popen[str]:
+    """`sftrec WORDS...`, as leader of a process group."""
     return subprocess.Popen(
-        command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True
-    )
+        [sys.executable, "-m", "sftrec_jax.cli", *words], env=environment(cache, devices) | more,
+        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True,
+    )  # fmt: skip
 
 
 def finished(process: subprocess.Popen[str], seconds: float = 300) -> tuple[int, str]:
