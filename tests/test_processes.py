@@ -3,8 +3,10 @@
 import json
 import os
 import random
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -111,6 +113,35 @@ def test_several_processes_give_what_one_gives(alone: tuple[Path, Path], count: 
     assert weights.keys() == expected_weights.keys()
     assert all(np.abs(weights[name] - value).max() < 1e-3 for name, value in expected_weights.items())
     assert (out / "export" / "adapter" / "adapter_model.safetensors").exists()
+
+
+@pytest.mark.slow
+def test_a_signal_to_one_process_stops_all_at_one_step_and_another_number_goes_on(tmp_path: Path) -> None:
+    """Two processes, the second of which is told; then one process on as many devices."""
+    config, words = write_run(tmp_path), ("--train.max-steps", "40", "--train.validate-every", "20")
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    ((status, said),) = together(config, whole, 1, *words)
+    assert status == 0, said[-2000:]
+    port = random.SystemRandom().randrange(20_000, 60_000)
+    both = [start(config, out, 2, index, port, *words) for index in range(2)]
+    until = time.monotonic() + 240
+    while not ((out / "metrics.jsonl").exists() and len((out / "metrics.jsonl").read_text().splitlines()) > 5):
+        assert time.monotonic() < until and all(process.poll() is None for process in both)
+        time.sleep(0.01)
+    (out / "save-now").touch()
+    both[1].send_signal(signal.SIGTERM)
+    done = [(process.wait(timeout=300), said[1]) for process in both if (said := process.communicate(timeout=300))]
+    assert [status for status, _ in done] == [75, 75], [said[-2000:] for _, said in done]
+    saved = max(int(path.parent.name) for path in (out / "checkpoints").glob("*/manifest.json"))
+    assert 4 < saved < 40 and saved == max(record["step"] for record in records(out))
+    ((status, said),) = together(config, out, 1, *words, "--resume")
+    assert status == 0 and f"resumed from step {saved} of 40" in said, said[-2000:]
+    mine, theirs = records(out), records(whole)
+    assert [record["step"] for record in mine] == [record["step"] for record in theirs]
+    for a, b in zip(mine, theirs, strict=True):
+        if "loss" in b:
+            assert (a["targets"], a["tokens"], a["pairs"]) == (b["targets"], b["tokens"], b["pairs"])
+            assert a["loss"] == pytest.approx(b["loss"], rel=1e-3)
 
 
 def test_processes_with_different_configs_stop_with_one_line(tmp_path: Path) -> None:
