@@ -99,11 +99,12 @@ def _prepare(args: argparse.Namespace, extra: Sequence[str], argv: Sequence[str]
 
 def _train(args: argparse.Namespace, extra: Sequence[str], argv: Sequence[str]) -> None:
     from sftrec_jax.run import stages
+    from sftrec_jax.run.folder import holds_steps
     from sftrec_jax.run.lock import locked
     from sftrec_jax.run.session import open_session
 
     session = open_session(args.run)
-    if not args.resume and session.folder.trained:
+    if not args.resume and holds_steps(session.folder, session.config.train):
         raise UserError(f"{args.run}: is trained already; add --resume to go on, or prepare another folder")
     with locked(session.folder.path):
         stages.train_stage(session, args.resume, args.accept_changes)

@@ -17,6 +17,8 @@ from sftrec_jax.config import RunConfig
 from sftrec_jax.data.known import check_present, expand
 from sftrec_jax.errors import UserError
 
+PLACES = {"train": ("checkpoints",)}
+"""Folders that need not exist yet, or are named by scheme and bucket."""
 PATH_FIELDS = {
     "data": ("source", "valid_source", "test_source", "catalogue"),
     "items": ("codes_file",),
@@ -118,7 +120,12 @@ def load_config(path: str | Path) -> RunConfig:
 
 
 def resolve_paths(config: RunConfig, folder: Path) -> RunConfig:
-    """Makes path-like values absolute when they exist below `folder` or look like paths."""
+    """Makes path-like values absolute when they exist below `folder` or look like paths; those of `PLACES` in any case."""
+    for section, names in PLACES.items():
+        part = getattr(config, section)
+        local = {n: v for n in names if (v := getattr(part, n)) is not None and "://" not in v}
+        absolute = {n: str((folder / Path(v).expanduser()).resolve()) for n, v in local.items()}
+        config = dataclasses.replace(config, **{section: dataclasses.replace(part, **absolute)})
     for section, names in PATH_FIELDS.items():
         part = getattr(config, section)
         for name in names:

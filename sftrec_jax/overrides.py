@@ -10,7 +10,7 @@ from pathlib import Path
 import tyro
 
 from sftrec_jax.config import RunConfig
-from sftrec_jax.config_file import PATH_FIELDS, load_config, nearest_field, resolve_paths
+from sftrec_jax.config_file import PATH_FIELDS, PLACES, load_config, nearest_field, resolve_paths
 from sftrec_jax.errors import UserError
 
 RUN_OPTIONS = ("--out", "--overwrite", "--resume", "--help-config")
@@ -77,7 +77,7 @@ def _in_box(text: str) -> str:
 def _resolve_changed(base: RunConfig, config: RunConfig) -> RunConfig:
     """Paths given as overrides are relative to the current folder; those of the file are resolved already."""
     here = resolve_paths(config, Path.cwd())
-    for section, names in PATH_FIELDS.items():
+    for section, names in (PATH_FIELDS | PLACES).items():
         part, before = getattr(config, section), getattr(base, section)
         changed = {n: getattr(getattr(here, section), n) for n in names if getattr(part, n) != getattr(before, n)}
         config = dataclasses.replace(config, **{section: dataclasses.replace(part, **changed)})

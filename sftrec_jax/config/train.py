@@ -59,6 +59,9 @@ class TrainConfig:
     """Newest checkpoints kept, beside the best by validation."""
     keep_every: int | None = None
     """Checkpoints of steps that this number divides are kept, too; null: none of them."""
+    checkpoints: str | None = None
+    """Folder of the checkpoints: another one on this machine, or gs://BUCKET/PATH, s3://BUCKET/PATH; null: `checkpoints` in the
+    run's folder."""
     best_metric: Literal["ndcg@5", "ndcg@10", "ndcg@20", "recall@5", "recall@10", "recall@20", "mrr@10", "mrr@20"] = "ndcg@10"
     """Validation metric that chooses the best checkpoint."""
     skip_spikes: float | None = None
@@ -86,6 +89,15 @@ class TrainConfig:
         for name in ("max_steps", "validate_every", "save_every", "keep_every"):
             value = getattr(self, name)
             require(value is None or value >= 1, f"train.{name} is {value}; use 1 or more, or null")
+        place = self.checkpoints
+        if place is not None:
+            require(place.strip() != "", "train.checkpoints is empty; name a folder, or null")
+            scheme, remote, rest = place.partition("://")
+            bucket, _, path = rest.partition("/")
+            require(
+                not remote or (scheme in ("gs", "s3") and bucket != "" and path.strip("/") != ""),
+                f"train.checkpoints is {place!r}; use a folder, gs://BUCKET/PATH or s3://BUCKET/PATH, or null",
+            )
         minutes, spikes = self.save_minutes, self.skip_spikes
         require(minutes >= 0 and math.isfinite(minutes), f"train.save_minutes is {minutes}; use 0 (never) or more")
         require(

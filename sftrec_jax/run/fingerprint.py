@@ -14,7 +14,7 @@ from sftrec_jax.run.card import array_bytes, prompt_card, sha256_of, text_bytes
 from sftrec_jax.run.session import Session
 from sftrec_jax.train.batches import BatchPlan
 
-HARMLESS = ("save_every", "save_minutes", "keep_checkpoints", "keep_every")
+HARMLESS = ("save_every", "save_minutes", "keep_checkpoints", "keep_every", "checkpoints")
 """Fields of `train` that change no result."""
 SAMPLES = 16
 SAMPLE_BYTES = 1 << 20

@@ -9,20 +9,28 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sftrec_jax.config import RunConfig
+from sftrec_jax.config import RunConfig, TrainConfig
 from sftrec_jax.config_file import dump_config, load_config, to_dict
 from sftrec_jax.distributed import is_main
 from sftrec_jax.errors import UserError
 from sftrec_jax.run import lock
 from sftrec_jax.run.lock import locked
+from sftrec_jax.train.store import Store, is_remote
 
 ENTRIES = (
     "config.yaml", "prepared", "checkpoints", "metrics.jsonl", "metrics.json", "recommendations.parquet", "export", ".evaluate",
-    "save-now",
+    ".fetched", "save-now",
 )  # fmt: skip
 """Everything that a run writes; `--overwrite` removes these and nothing else."""
 
-CHANGEABLE = ("mesh.", "train.save_every", "train.save_minutes", "train.keep_checkpoints", "train.keep_every")
+CHANGEABLE = (
+    "mesh.",
+    "train.save_every",
+    "train.save_minutes",
+    "train.keep_checkpoints",
+    "train.keep_every",
+    "train.checkpoints",
+)
 """Fields that a resumed run may change unasked: they change no result, but for rounding on another mesh."""
 ACCEPTABLE = ("train.", "lora.dropout", "decode.", "evaluate.")
 """Fields that it may change with `--accept-changes`: what was prepared does not depend on them."""
@@ -59,8 +67,13 @@ class RunFolder:
 
     @property
     def checkpoints(self) -> Path:
-        """Orbax checkpoints."""
+        """Orbax checkpoints, where `train.checkpoints` names no other place; on their way there where that is a store."""
         return self.path / "checkpoints"
+
+    @property
+    def fetched(self) -> Path:
+        """Copies of checkpoints that lie on a store, to be read."""
+        return self.path / ".fetched"
 
     @property
     def metrics(self) -> Path:
@@ -82,10 +95,22 @@ class RunFolder:
         """The merged model; the adapter in `adapter/` below."""
         return self.path / "export"
 
-    @property
-    def trained(self) -> bool:
-        """Whether a checkpoint is there: Orbax renames a step's folder to its bare number when it is complete."""
-        return self.checkpoints.is_dir() and any(entry.name.isdigit() for entry in self.checkpoints.iterdir())
+
+def holds_steps(folder: RunFolder, train: TrainConfig) -> bool:
+    """Whether a checkpoint is where the config says: Orbax renames a step's folder to its bare number when it is complete.
+
+    Raises UserError where that place cannot be reached.
+    """
+    own = folder.checkpoints.is_dir() and any(entry.name.isdigit() for entry in folder.checkpoints.iterdir())
+    place = train.checkpoints
+    if place is None:
+        return own
+    if is_remote(place):
+        return own or bool(Store(place).steps())  # what is here is on its way there
+    try:
+        return Path(place).is_dir() and any(entry.name.isdigit() for entry in Path(place).iterdir())
+    except OSError as error:
+        raise UserError(f"{place}: cannot be read ({error.strerror}); name another folder as train.checkpoints") from None
 
 
 def write_text(path: Path, text: str) -> None:
@@ -134,6 +159,8 @@ def new_run(out: Path, config: RunConfig, resume: bool, overwrite: bool, accept:
     """
     folder = RunFolder(out)
     going_on = _check_free(folder, config, resume, overwrite, accept)
+    if not going_on:
+        _check_place(folder, config)
     made = [path for path in (out, *out.parents) if not path.exists()]
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -159,12 +186,35 @@ def _filled(folder: RunFolder, config: RunConfig, going_on: bool) -> Iterator[Ru
         write_text(folder.config, dump_config(config))
         yield folder
     except (UserError, KeyboardInterrupt):
-        if not going_on and not folder.trained:
+        if not going_on and not _may_hold_steps(folder, config.train):
             _remove_entries(out)
             _move_entries(parked, out)
             shutil.rmtree(parked, ignore_errors=True)
         raise
     shutil.rmtree(parked, ignore_errors=True)
+
+
+def _may_hold_steps(folder: RunFolder, train: TrainConfig) -> bool:
+    try:
+        return holds_steps(folder, train)
+    except UserError:
+        return True  # nobody can tell now, and so nothing is removed
+
+
+def _check_place(folder: RunFolder, config: RunConfig) -> None:
+    """UserError where a new run would write among the steps of another one, or cannot write at all."""
+    place = config.train.checkpoints
+    if place is None:
+        return
+    if is_remote(place):
+        taken = bool(Store(place).steps())
+    else:
+        taken = holds_steps(folder, config.train)
+    if taken:
+        raise UserError(
+            f"{place}: holds checkpoints already, and --overwrite removes nothing outside of --out; add --resume to go on with "
+            "them, remove them yourself, or name another folder as train.checkpoints"
+        )
 
 
 def _check_free(folder: RunFolder, config: RunConfig, resume: bool, overwrite: bool, accept: bool) -> bool:

@@ -11,6 +11,7 @@ import numpy as np
 from sftrec_jax import __version__
 from sftrec_jax.config_file import to_dict
 from sftrec_jax.model.hub import BaseSource
+from sftrec_jax.run.places import step_folder
 from sftrec_jax.run.session import Session, describe_devices
 
 SMALL = 1 << 20
@@ -27,7 +28,7 @@ def identity(session: Session, step: int) -> dict[str, Any]:
     config = to_dict(session.config)
     return {
         "checkpoint_step": step,
-        "checkpoint": folder_digest(session.folder.checkpoints / str(step)),
+        "checkpoint": folder_digest(step_folder(session.folder, session.config.train, step)),
         "base": _base(session.source),
         "catalogue": _catalogue(session),
         "templates": folder_digest(session.folder.prepared / "templates"),

@@ -34,11 +34,11 @@ from sftrec_jax.model.mesh import check_mesh, make_mesh, named
 from sftrec_jax.model.peft_read import adapter_folder
 from sftrec_jax.model.sharding import named_arrays, with_arrays
 from sftrec_jax.run.fill_profiles import fill_profiles
-from sftrec_jax.run.folder import RunFolder, open_folder
+from sftrec_jax.run.folder import RunFolder, holds_steps, open_folder
 from sftrec_jax.run.naming import name_items
+from sftrec_jax.run.places import open_checkpoints
 from sftrec_jax.run.summary import data_table, other_counts
 from sftrec_jax.run.vectors import Vectoriser
-from sftrec_jax.train.checkpoint import Checkpoints
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -90,18 +90,16 @@ class Session:
 
     def trained_decoder(self) -> tuple[Decoder, int]:
         """The best checkpoint's decoder and its step."""
-        if not self.folder.checkpoints.exists():
+        if not holds_steps(self.folder, self.config.train):
             raise UserError(f"{self.folder.path}: has no checkpoint; run `sftrec train {self.folder.path}` first")
         from sftrec_jax.run.fingerprint import check_readable  # which imports this file
 
-        checkpoints = Checkpoints(self.folder.checkpoints, self.config.train.keep_checkpoints, writing=False)
+        checkpoints = open_checkpoints(self.folder, self.config.train, writing=False)
         step = checkpoints.best()
         if step is None:
-            raise UserError(
-                f"{self.folder.checkpoints}: holds no finished checkpoint; run `sftrec train {self.folder.path} --resume`"
-            )
+            raise UserError(f"{checkpoints.where}: holds no finished checkpoint; run `sftrec train {self.folder.path} --resume`")
         wrote = checkpoints.manifest_of(step).fingerprint
-        check_readable(self, self.folder.checkpoints, step, wrote)
+        check_readable(self, checkpoints.where, step, wrote)
         graphdef, trained, frozen = self.split(self.computing_as(wrote).base_decoder())
         arrays = checkpoints.restore_trained(step, named_arrays(trained))
         checkpoints.close()

@@ -37,6 +37,7 @@ from sftrec_jax.run.evaluation import list_metrics
 from sftrec_jax.run.example_names import example_names
 from sftrec_jax.run.export_catalogue import write_catalogue
 from sftrec_jax.run.fingerprint import check_same, fingerprint, packing_sha256
+from sftrec_jax.run.places import open_checkpoints
 from sftrec_jax.run.session import Session, describe_devices, recommender
 from sftrec_jax.train.batches import BatchPlan, Packable
 from sftrec_jax.train.calibrate import calibrate
@@ -62,8 +63,7 @@ def train_stage(session: Session, resume: bool, accept: bool = False) -> TrainRe
 
     `resume`: from the newest whole checkpoint, which must be of this very run; `accept`: or of one whose settings are named.
     """
-    t = session.config.train
-    with closing(Checkpoints(session.folder.checkpoints, t.keep_checkpoints, t.keep_every)) as checkpoints:
+    with closing(open_checkpoints(session.folder, session.config.train)) as checkpoints:
         first = checkpoints.newest() if resume else None
         wrote = {} if first is None else checkpoints.manifest_of(first).fingerprint
         session = session.computing_as(wrote)

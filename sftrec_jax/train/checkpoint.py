@@ -4,6 +4,7 @@ A step is written in the background, then read again for its manifest (`manifest
 any moment the newest whole step is on disk. Of several processes the first writes manifests and looks for damage.
 """
 
+import shutil
 import threading
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from sftrec_jax.errors import UserError
 from sftrec_jax.train import manifest
 from sftrec_jax.train.manifest import Damaged, Manifest
 from sftrec_jax.train.step import TrainState
+from sftrec_jax.train.store import Store
 
 BEST_METRIC = "ndcg@10"
 ASIDE = "damaged"
@@ -37,26 +39,39 @@ def _named(state: TrainState) -> dict[str, Any]:
     }
 
 
+def _has_manifest(store: Store, step: int) -> bool:
+    try:
+        store.manifest(step)
+    except Damaged:
+        return False
+    return True
+
+
 class Checkpoints:
     """The checkpoints of a run.
 
     Args:
-        folder: a local one, or `gs://...`, `s3://...`.
+        folder: a local one.
         keep: newest steps that are kept, beside the best by score,
         keep_every: and those whose number this divides; None: none of them.
         fingerprint: goes into the manifests.
-        writing: False where the steps are only read: nothing in the folder is changed then.
+        writing: False where the steps are only read: nothing in the folder, or in the store, is changed then.
+        store: where the steps are kept instead; the folder then holds only those that are on their way to or from it.
     """
 
     def __init__(
         self,
-        folder: Path | epath.Path,
+        folder: Path,
         keep: int,
         keep_every: int | None = None,
         fingerprint: dict[str, str] | None = None,
         writing: bool = True,
+        store: Store | None = None,
     ):
-        self.folder = epath.Path(folder if "://" in str(folder) else Path(folder).resolve())
+        self.folder = epath.Path(Path(folder).resolve())
+        self._store = store
+        if store is not None and is_main():
+            self.folder.mkdir(parents=True, exist_ok=True)
         self._keep, self._keep_every, self._writing = keep, keep_every, writing
         self.fingerprint = fingerprint or {}
         self._manager = ocp.CheckpointManager(
@@ -73,17 +88,63 @@ class Checkpoints:
     def _read_scores(self) -> None:
         def scores() -> list[list[Any]]:
             found: list[list[Any]] = []
-            for step in sorted(self._manager.all_steps()):
+            if self._store is not None:
+                self._tidy(self._store)
+            for step in self._all_steps():
                 try:
-                    found.append([step, manifest.read(self._at(step)).score])
+                    found.append([step, self._manifest(step).score])
                 except Damaged:
                     continue  # `newest` says so
             return found
 
         self._scores = {int(step): score for step, score in decide("scores", scores)}
+        if self._store is not None:
+            self._manager.reload()
+
+    def _tidy(self, store: Store) -> None:
+        """Sends steps that are whole here and not in the store, as a process leaves them that is stopped; empties the folder.
+
+        Where steps are only read, those stay in the folder that the store has, so that they are fetched once.
+        """
+        there = set(store.steps())
+        for step in sorted(self._manager.all_steps()):
+            if self._writing:
+                try:
+                    manifest.verify(self._at(step))
+                    if step not in there or not _has_manifest(store, step):
+                        store.send(step, Path(self._at(step)))
+                except Damaged:
+                    pass  # half of what is, or is not, in the store
+            if self._writing or step not in there:
+                shutil.rmtree(self._at(step), ignore_errors=True)
+        for left in self.folder.glob(".fetching.*") if self._writing else ():
+            shutil.rmtree(left, ignore_errors=True)
+
+    def _check(self, step: int) -> None:
+        """Raises Damaged where the files of a step are not what was written. Those in a store are fetched for that."""
+        if self._store is not None:
+            kept = self._store.manifest(step)
+            try:
+                if manifest.verify(self._at(step)).files == kept.files:
+                    return
+            except Damaged:
+                pass  # not fetched yet
+            self._store.fetch(step, Path(self._at(step)))
+        manifest.verify(self._at(step))
 
     def _at(self, step: int) -> epath.Path:
         return self.folder / str(step)
+
+    def _all_steps(self) -> list[int]:
+        return self._store.steps() if self._store is not None else sorted(self._manager.all_steps())
+
+    def _manifest(self, step: int) -> Manifest:
+        return self._store.manifest(step) if self._store is not None else manifest.read(self._at(step))
+
+    @property
+    def where(self) -> str:
+        """Where the steps are kept."""
+        return self._store.url if self._store is not None else str(self.folder)
 
     def steps(self) -> list[int]:
         """Steps that were written to the end, rising."""
@@ -106,14 +167,14 @@ class Checkpoints:
         self.finish()
 
         def search() -> dict[str, Any]:
-            left, gone = set(self._manager.all_steps()), {}
+            left, gone = set(self._all_steps()), {}
             while left:
                 # Those without a manifest are looked at, too: they are named and laid aside.
                 half = left - self._scores.keys()
                 step = max(half) if half else choose(sorted(left))
                 left.discard(step)
                 try:
-                    manifest.verify(self._at(step))
+                    self._check(step)
                 except Damaged as why:
                     gone[str(step)] = str(why)
                     continue
@@ -125,7 +186,7 @@ class Checkpoints:
         for step, why in found["gone"].items():
             self._lay_aside(int(step), why)
         step = found["step"]
-        if found["gone"] and self._writing:
+        if self._store is not None or (found["gone"] and self._writing):
             self._manager.reload()
         if found["gone"] and step is not None:
             console.print(f"checkpoints: using step {step}, which is whole", markup=False)
@@ -134,7 +195,13 @@ class Checkpoints:
     def _lay_aside(self, step: int, why: str) -> None:
         self._scores.pop(step, None)
         where = ""
-        if self._writing:
+        if self._store is not None and is_main():
+            shutil.rmtree(self._at(step), ignore_errors=True)
+        if self._writing and self._store is not None:
+            where = f"; kept aside in {self._store.url}/{ASIDE}"
+            if is_main():
+                self._store.lay_aside(step, ASIDE)
+        elif self._writing:
             aside = self.folder / ASIDE
             number = 0
             if is_main():
@@ -153,9 +220,9 @@ class Checkpoints:
         """What a step says of itself. Raises UserError where it is damaged."""
         self.finish()
         try:
-            return manifest.read(self._at(step))
+            return self._manifest(step)
         except Damaged as why:
-            raise UserError(f"{self.folder}: step {step} is damaged: {why}; use another step") from None
+            raise UserError(f"{self.where}: step {step} is damaged: {why}; use another step") from None
 
     def save(self, state: TrainState, score: float | None = None) -> None:
         """Writes the state in the background, under its step."""
@@ -175,12 +242,14 @@ class Checkpoints:
         self._seal.start()
 
     def _sealed(self, step: int) -> None:
-        """Waits for the files of a step, then writes its manifest."""
+        """Waits for the files of a step, then writes its manifest, and sends all to the store."""
         try:
             self._manager.wait_until_finished()
             if is_main():
                 made = manifest.describe(self._at(step), step, self.fingerprint, self._scores[step])
                 manifest.write(self._at(step), made)
+                if self._store is not None:
+                    self._store.send(step, Path(self._at(step)))
         except Exception as error:  # whatever it was is told in `finish`, by the thread that trains
             self._failed = step, error
 
@@ -191,9 +260,19 @@ class Checkpoints:
         self._seal.join()
         self._seal = None
         self._judge()
+        # Steps that could not be sent have no score; they stay here until the next start.
+        sent = [] if self._store is None else [step for step in self._manager.all_steps() if step in self._scores]
         for step in self._unwanted():
-            self._manager.delete(step)
+            if self._store is None:
+                self._manager.delete(step)
+            elif is_main():
+                try:
+                    self._store.remove(step)
+                except UserError as error:
+                    console.print(f"checkpoints: step {step} is not needed any more, but stays ({error})", markup=False)
             del self._scores[step]
+        for step in sent:
+            self._manager.delete(step)
 
     def _judge(self) -> None:
         """Says that a save failed, and raises UserError when too many have."""
@@ -204,7 +283,7 @@ class Checkpoints:
         self._scores.pop(step, None)
         self._failures += 1
         why = " ".join(str(getattr(error, "strerror", None) or error).split())[:300]
-        said = f"{self.folder}: the checkpoint of step {step} cannot be written ({why}); earlier ones are intact"
+        said = f"{self.where}: the checkpoint of step {step} cannot be written ({why}); earlier ones are intact"
         if self._failures >= FAILED_SAVES:
             raise UserError(f"{said}; free space or mend the folder, then go on with --resume") from None
         console.print(f"{said}; going on, and trying again with the next one", markup=False)
@@ -218,9 +297,13 @@ class Checkpoints:
         self._scores[step] = score
         if is_main() and self._failed is None:
             try:
-                made = manifest.read(self._at(step))
-                manifest.write(self._at(step), Manifest(made.step, made.files, made.fingerprint, score))
-            except (OSError, Damaged) as error:
+                made = self._manifest(step)
+                scored = Manifest(made.step, made.files, made.fingerprint, score)
+                if self._store is not None:
+                    self._store.put_manifest(step, scored)
+                else:
+                    manifest.write(self._at(step), scored)
+            except (OSError, Damaged, UserError) as error:
                 self._failed = step, OSError(str(error))
 
     def _unwanted(self) -> list[int]:
@@ -249,7 +332,7 @@ class Checkpoints:
         target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), named)
         stored = self._manager.item_metadata(step)
         if stored is None:
-            raise UserError(f"{self.folder}: step {step} cannot be read; it has the steps {self.steps()}")
+            raise UserError(f"{self.where}: step {step} cannot be read; it has the steps {self.steps()}")
         for part, arrays in named.items():
             if not isinstance(arrays, dict):
                 continue
@@ -258,7 +341,7 @@ class Checkpoints:
                 wanted = np.shape(arrays[name]) if name in arrays else None
                 if shape is None or tuple(shape) != wanted:
                     raise UserError(
-                        f"{self.folder}: step {step} holds {name} with shape {shape}, this configuration has {wanted}; "
+                        f"{self.where}: step {step} holds {name} with shape {shape}, this configuration has {wanted}; "
                         "resume with the config of the run, or use another --out"
                     )
         restore = ocp.checkpoint_utils.construct_restore_args(target)

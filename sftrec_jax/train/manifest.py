@@ -53,11 +53,15 @@ def describe(folder: epath.Path, step: int, fingerprint: dict[str, str], score: 
 
 def write(folder: epath.Path, manifest: Manifest) -> None:
     """Puts the manifest into the step's folder, whole or not at all."""
-    body = asdict(manifest)
-    text = json.dumps({"format": FORMAT, "sha256": _own_hash(body), **body}, indent=1, ensure_ascii=False)
     temporary = folder / f".{NAME}"
-    temporary.write_text(text)
+    temporary.write_text(text(manifest))
     temporary.replace(folder / NAME)
+
+
+def text(manifest: Manifest) -> str:
+    """What its file holds."""
+    body = asdict(manifest)
+    return json.dumps({"format": FORMAT, "sha256": _own_hash(body), **body}, indent=1, ensure_ascii=False)
 
 
 def read(folder: epath.Path) -> Manifest:
@@ -70,6 +74,11 @@ def read(folder: epath.Path) -> Manifest:
         raise Damaged(f"has no {NAME}: its writing was stopped half-way") from None
     except OSError as error:
         raise Damaged(f"{NAME} cannot be read ({error.strerror or error})") from None
+    return parse(raw)
+
+
+def parse(raw: bytes) -> Manifest:
+    """The manifest in the bytes of its file. Raises Damaged where they are not what was written."""
     try:
         body = json.loads(raw)
         version, own = body.pop("format"), body.pop("sha256")
