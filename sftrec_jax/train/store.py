@@ -5,6 +5,7 @@ local folder and then sent, its manifest last: without one a step is not whole. 
 """
 
 import importlib.util
+import logging
 import os
 import shutil
 import threading
@@ -19,7 +20,7 @@ from sftrec_jax.train.manifest import Damaged, Manifest
 
 SCHEMES = {"gs": ("gcsfs", "gcs"), "s3": ("s3fs", "s3")}
 """What is imported for each, and the extra that brings it."""
-SECONDS = 60
+SECONDS = 60.0
 """A store that says nothing for so long when it is first asked is taken for absent."""
 SETTINGS: dict[str, dict[str, Any]] = {
     "gs": {"requests_timeout": SECONDS},
@@ -50,6 +51,9 @@ class Store:
         library, extra = SCHEMES[scheme]
         if importlib.util.find_spec(library) is None:
             raise UserError(f"{url}: {library} is not installed, which reads {scheme}://; run pip install 'sftrec_jax[{extra}]'")
+        os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")  # asks for the kind of bucket by gRPC, with warnings
+        for name in ("gcsfs", "google.auth"):  # they print what they raise, too, with its stack
+            logging.getLogger(name).setLevel(logging.CRITICAL)
         import fsspec
         from fsspec.config import conf
 
