@@ -31,6 +31,7 @@ def portable_config(config: RunConfig, folder: Path) -> dict[str, Any]:
                 part[name] = [_portable(one, folder, field) for one in value]
             elif value is not None:
                 part[name] = _portable(value, folder, field)
+    values["train"]["checkpoints"] = None  # where they lie changes no result
     return values
 
 

@@ -70,7 +70,7 @@ class Checkpoints:
     ):
         self.folder = epath.Path(Path(folder).resolve())
         self._store = store
-        if store is not None and is_main():
+        if store is not None:
             self.folder.mkdir(parents=True, exist_ok=True)
         self._keep, self._keep_every, self._writing = keep, keep_every, writing
         self.fingerprint = fingerprint or {}
