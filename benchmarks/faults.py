@@ -5,8 +5,8 @@
 
 A small run (stories260K, 24 steps of two passes) is trained once without a stop. Then copies of it are killed with SIGKILL and
 stopped with SIGTERM at moments chosen by what they do or at random, gone on with, and compared bit for bit: adapters, optimizer,
-the data's order by its losses, validation. Bits of files of its checkpoints are flipped one by one. The hostile inputs are those of
-`tests/hostile.py`. The last line is JSON:
+the data's order by its losses, validation. Bits of files of its checkpoints are flipped one by one. The hostile inputs are those
+of `tests/hostile.py`. The last line is JSON:
 
     kills           processes that were ended by SIGKILL
     identical       whether every run that was gone on with ended as the one that was never stopped
