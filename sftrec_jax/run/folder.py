@@ -84,8 +84,10 @@ class RunFolder:
 
     @property
     def trained(self) -> bool:
-        """Whether a checkpoint is there: Orbax renames a step's folder to its bare number when it is complete."""
-        return self.checkpoints.is_dir() and any(entry.name.isdigit() for entry in self.checkpoints.iterdir())
+        """Whether a checkpoint was written to its end, which is when it has its manifest."""
+        return self.checkpoints.is_dir() and any(
+            entry.name.isdigit() and (entry / "manifest.json").exists() for entry in self.checkpoints.iterdir()
+        )
 
 
 def write_text(path: Path, text: str) -> None:
