@@ -14,6 +14,8 @@ from sftrec_jax.data.textfile import text_blocks
 from sftrec_jax.errors import UserError
 
 ATOMIC = (".inter", ".item", ".user")
+COLUMNS = 50_000
+"""Most of a file; each takes memory, whatever it holds."""
 
 
 def read_delimited(path: Path, kind: str, columns: Sequence[Column]) -> Iterator[Table]:
@@ -25,6 +27,8 @@ def read_delimited(path: Path, kind: str, columns: Sequence[Column]) -> Iterator
         data = header + block.data
         if not data.strip():
             continue
+        if not header and (count := data.count(separator.encode(), 0, data.find(b"\n") % (len(data) + 1)) + 1) > COLUMNS:
+            raise UserError(f"{path}: row 1 has {count:,} fields; keep the columns that are needed, {COLUMNS:,} at most")
         try:
             frame = pl.read_csv(io.BytesIO(data), separator=separator, quote_char=quote, infer_schema=False)
         except PolarsError as error:
@@ -59,7 +63,10 @@ def _malformed_row(path: Path, data: bytes, separator: str, quote: str | None, e
             if len(fields) > width:
                 found = f"row {row + before} has {len(fields)} fields, the header {width}"
                 return f"{path}: {found}; quote fields that hold {separator!r}"
-    except csv.Error:
+    except csv.Error as problem:
+        if "field limit" in str(problem):
+            limit = csv.field_size_limit()
+            return f"{path}: row {row + 1 + before} has a field of more than {limit:,} characters; check quotation marks there"
         return (
             f"{path}: row {row + 1 + before} has a quotation mark that does not end its field; double it or quote the whole field"
         )

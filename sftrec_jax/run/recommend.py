@@ -75,7 +75,11 @@ def _told(row: dict[str, Any], count: int, profile: Sequence[str]) -> Told:
         if values is None:
             lists[name] = None
             continue
-        if not isinstance(values, list) or len(values) != count or not all(isinstance(v, int | float) for v in values):
+        if (
+            not isinstance(values, list)
+            or len(values) != count
+            or not all(isinstance(v, int | float) and abs(v) < 3e38 for v in values)
+        ):
             raise UserError(f"{name} is {values!r}; write a list of {count} numbers, one for each item of the history")
         lists[name] = np.asarray(values, kind)
     times = lists["timestamps"]
