@@ -5,8 +5,10 @@ LONGEST = 2_000
 
 
 def printable(text: str) -> str:
-    """A line for the terminal: what moves the cursor, hides or turns letters (control characters, line breaks, marks of
-    direction) is written as its escape, since messages quote files whose writers may mean harm; and a long line loses its middle."""
+    """A line for the terminal, without what moves the cursor, hides or turns letters, and without the middle of a long line.
+
+    Control characters, line breaks and marks of direction are written as escapes: messages quote files that may mean harm.
+    """
     text = _cut(text)
     if not text.isprintable():
         text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)

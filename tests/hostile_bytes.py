@@ -279,7 +279,8 @@ def damaged(rng: random.Random, data: bytes, kinds: Sequence[Damage], sound: flo
     if rng.random() < sound:
         return data
     for _ in range(rng.choice([1, 1, 1, 2, 4])):
-        data = rng.choice(kinds)(rng, data)
+        if len(data) < 4 << 20:
+            data = rng.choice(kinds)(rng, data)
     return data
 
 

@@ -10,12 +10,14 @@ from polars.exceptions import PolarsError
 
 from sftrec_jax.data.recbole import strip_types
 from sftrec_jax.data.table import Column, Table, by_role, require_columns
-from sftrec_jax.data.textfile import text_blocks
+from sftrec_jax.data.textfile import Block, pieces, text_blocks
 from sftrec_jax.errors import UserError
 
 ATOMIC = (".inter", ".item", ".user")
 COLUMNS = 50_000
 """Most of a file; each takes memory, whatever it holds."""
+CELLS = 1 << 22
+"""Most that are parsed at once, where lines are short: a line of one byte is a row of all columns."""
 
 
 def read_delimited(path: Path, kind: str, columns: Sequence[Column]) -> Iterator[Table]:
@@ -23,7 +25,7 @@ def read_delimited(path: Path, kind: str, columns: Sequence[Column]) -> Iterator
     separator = "," if kind == ".csv" else "\t"
     quote = None if kind in ATOMIC else '"'
     header, rows = b"", 0
-    for block in text_blocks(path, None if quote is None else b'"'):
+    for block in _blocks(path, separator.encode(), None if quote is None else b'"'):
         data = header + block.data
         if not data.strip():
             continue
@@ -46,6 +48,13 @@ def read_delimited(path: Path, kind: str, columns: Sequence[Column]) -> Iterator
         yield Table(by_role(filled, columns, pl.col("\0row")), str(path))
     if not header:
         require_columns(str(path), columns, [])
+
+
+def _blocks(path: Path, separator: bytes, quote: bytes | None) -> Iterator[Block]:
+    columns = 0
+    for block in text_blocks(path, quote):
+        columns = columns or block.data.count(separator, 0, block.data.find(b"\n") % (len(block.data) + 1)) + 1
+        yield from pieces(block, max(1, CELLS // columns), quote)
 
 
 def _malformed_row(path: Path, data: bytes, separator: str, quote: str | None, error: PolarsError, before: int) -> str:

@@ -11,10 +11,12 @@ import polars as pl
 from polars.exceptions import PolarsError
 
 from sftrec_jax.data.table import Column, Table, by_role, require_columns
-from sftrec_jax.data.textfile import Block, beginning, read_utf8, text_blocks
+from sftrec_jax.data.textfile import Block, beginning, pieces, read_utf8, text_blocks
 from sftrec_jax.errors import UserError
 
 _PLAIN = "write texts, numbers and lists of them"
+LINES = 1 << 20
+"""Most that are parsed at once."""
 LITERAL = 1 << 22
 """Most bytes of a line in Python's notation, whose parser takes a hundred times as much."""
 KEY = "item_id"
@@ -25,7 +27,7 @@ def read_json_lines(path: Path, columns: Sequence[Column]) -> Iterator[Table]:
     """One object a line. UserError for a line that is none, for a column that the first block of lines lacks, and for a sparse
     one that all lack."""
     awaited, present = [column for column in columns if column.sparse], []
-    for block in text_blocks(path):
+    for block in (piece for whole in text_blocks(path) for piece in pieces(whole, LINES)):
         lines = block.data.split(b"\n")
         rows = [number for number, line in enumerate(lines, start=1) if line.strip()]
         if not rows:

@@ -20,7 +20,7 @@ def read_sequences(path: Path) -> Iterator[Table]:
     Empty lines are skipped. UserError when a user has two lines, or no item.
     """
     seen: dict[str, int] = {}
-    for block in text_blocks(path):
+    for block in text_blocks(path, size=1 << 23):
         users, items, rows = [], [], []
         for row, line in enumerate(block.data.decode("utf-8").split("\n"), start=block.lines + 1):
             fields = line.split()

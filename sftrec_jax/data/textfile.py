@@ -105,6 +105,20 @@ def text_blocks(path: Path, quote: bytes | None = None, size: int = BLOCK) -> It
             yield Block(rest, lines, offset)
 
 
+def pieces(block: Block, rows: int, quote: bytes | None = None) -> Iterator[Block]:
+    """A block in pieces of at most `rows` lines, where it can be cut: few bytes may be many lines, which take memory each."""
+    data, count = block.data, block.data.count(b"\n")
+    end = 0
+    if count > rows:
+        end = next((end for share in (4, 6, 7) if (end := _last_break(data[: len(data) * share // 8], quote))), 0)
+    if not end:
+        yield block
+        return
+    yield from pieces(Block(data[:end], block.lines, block.offset), rows, quote)
+    after = Block(data[end:], block.lines + data.count(b"\n", 0, end), block.offset + end)
+    yield from pieces(after, rows, quote)
+
+
 def _last_break(data: bytes, quote: bytes | None) -> int:
     """Where the last line ends that is not inside of quotation marks; 0 where none does."""
     end = data.rfind(b"\n") + 1

@@ -101,6 +101,8 @@ def _peft_config(folder: Path) -> LoraConfig:
         )
     targets: Any = config.get("target_modules")
     layers = config.get("layers_to_transform")
+    if not isinstance(targets, str) and not (isinstance(targets, list) and all(isinstance(name, str) for name in targets)):
+        raise UserError(f"{file}: target_modules is {targets!r}; save the adapter again with the names of its modules")
     try:
         return LoraConfig(
             r=int(config["r"]),
