@@ -57,21 +57,22 @@ def _rows_at_once(source: Path | io.BytesIO, file: pq.ParquetFile, names: Sequen
     trusted = source.stat().st_size > LARGE if isinstance(source, Path) else False
     longest, told = SHORT, file.metadata
     dictionaries: dict[str, list[int]] = {}
-    for group in range(told.num_row_groups):
-        for place in range(told.row_group(group).num_columns):
+    texts = {
+        at: file.schema.column(at).path for at in range(len(file.schema)) if file.schema.column(at).physical_type == "BYTE_ARRAY"
+    }
+    texts = {at: path for at, path in texts.items() if path.split(".")[0] in names}
+    tops = sorted({path.split(".")[0] for path in texts.values()})
+    for group in range(told.num_row_groups) if texts else ():
+        # To ask what a damaged file says of a column ends the process; reading a row of it is an error that can be told.
+        next(file.iter_batches(batch_size=1, row_groups=[group], columns=tops), None)
+        for place, path in texts.items():
             chunk = told.row_group(group).column(place)
-            own = chunk.path_in_schema.split(".")[0] in names
-            if not own or chunk.physical_type != "BYTE_ARRAY" or chunk.total_uncompressed_size <= SHORT:
+            if chunk.total_uncompressed_size <= SHORT:
                 continue
-            if (
-                trusted
-                and (said := chunk.statistics) is not None
-                and said.has_min_max
-                and max(_size(said.min), _size(said.max)) <= SHORT
-            ):
-                pass
-            elif chunk.path_in_schema in names and any("DICTIONARY" in encoding for encoding in chunk.encodings):
-                dictionaries.setdefault(chunk.path_in_schema, []).append(group)
+            said = chunk.statistics if trusted else None
+            short = said is not None and said.has_min_max and max(_size(said.min), _size(said.max)) <= SHORT
+            if not short and path in names and any("DICTIONARY" in encoding for encoding in chunk.encodings):
+                dictionaries.setdefault(path, []).append(group)
             longest = max(longest, chunk.total_uncompressed_size // max(1, chunk.num_values))
     for name, groups in dictionaries.items():
         with pq.ParquetFile(source, metadata=told, read_dictionary=[name]) as kept:
@@ -79,8 +80,8 @@ def _rows_at_once(source: Path | io.BytesIO, file: pq.ParquetFile, names: Sequen
                 for batch in kept.iter_batches(batch_size=1, row_groups=[group], columns=[name]):
                     values = batch.column(0)
                     if isinstance(values, pa.DictionaryArray) and len(values.dictionary):
-                        texts = pl.Series(pc.cast(values.dictionary, pa.large_binary()))
-                        longest = max(longest, int(texts.bin.size().max() or 0))  # type: ignore[arg-type]
+                        kinds = pl.Series(pc.cast(values.dictionary, pa.large_binary()))
+                        longest = max(longest, int(kinds.bin.size().max() or 0))  # type: ignore[arg-type]
                     break
     return max(1, ROOM // longest)
 

@@ -130,7 +130,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
                 count = str(given).count(old)
                 self.spend(count * len(new), count * len(new))
             if name == "join":
-                args = (*args[:passed], values := self._listed(given), *args[passed + 1 :])
+                args = (*args[:passed], values := self._listed(args[passed]), *args[passed + 1 :])
                 between = str(kwargs.get("d", args[passed + 1] if len(args) > passed + 1 else ""))
                 size = len(values) * len(between)
                 self.spend(size, size)
