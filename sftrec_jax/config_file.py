@@ -31,6 +31,10 @@ PATH_FIELDS = {
 }
 
 
+LARGEST = 4_000_000
+"""Bytes of a config."""
+
+
 def _nearest(name: str, known: typing.Iterable[str]) -> str:
     close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.0)
     return close[0] if close else ""
@@ -103,6 +107,8 @@ def load_config(path: str | Path) -> RunConfig:
     """Reads a YAML file. Values that name an existing path relative to the file become absolute paths."""
     path = Path(path)
     try:
+        if (size := path.stat().st_size) > LARGEST:
+            raise UserError(f"{path}: {size:,} bytes; name a YAML file of less than {LARGEST:,}, such as configs/quick.yaml")
         text = path.read_text(encoding="utf-8")
     except OSError as error:
         raise UserError(
@@ -142,7 +148,7 @@ def _resolved(value: str | None, folder: Path) -> str | None:
         return value
     scheme, rest = ("tfds:", value[5:]) if value.startswith("tfds:") else ("", value)
     try:
-        if rest.startswith(("./", "../")) or (folder / rest).exists():
+        if (folder / rest).exists() or rest.startswith(("./", "../")):
             return scheme + str((folder / rest).resolve())
     except (OSError, ValueError) as error:  # too long a name, or one with a zero byte
         raise UserError(f"{value!r} cannot be the name of a file ({getattr(error, 'strerror', None) or error})") from None

@@ -124,16 +124,16 @@ def serve(folder: Path) -> None:
     sink = os.dup(1)
     os.dup2(2, 1)  # what libraries print is no answer
     hostile_readers.prepare()
-    _limit_memory()
     for line in sys.stdin:
         request = json.loads(line)
         os.write(sink, (json.dumps(asdict(_read_all(folder, **request))) + "\n").encode())
 
 
-def _limit_memory() -> None:
+def _limit_memory(room: int | None) -> None:
+    """Bytes beyond what the process has now; None: no limit."""
     pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0])
-    most = pages * resource.getpagesize() + ROOM
-    resource.setrlimit(resource.RLIMIT_AS, (most, most))
+    most = resource.RLIM_INFINITY if room is None else pages * resource.getpagesize() + room
+    resource.setrlimit(resource.RLIMIT_AS, (most, resource.RLIM_INFINITY))
 
 
 def _read_all(folder: Path, reader: str, begin: int, count: int, seed: int) -> Outcome:
@@ -161,8 +161,8 @@ def _write(path: Path, text: str) -> None:
     path.write_text(text, encoding="utf-8")
 
 
-def read_one(folder: Path, reader: str, index: int, seed: int, show: bool = False) -> str:
-    """Makes and reads one input: `refused`, `accepted`, or what went wrong in one line."""
+def read_one(folder: Path, reader: str, index: int, seed: int, show: bool = False, room: int | None = ROOM) -> str:
+    """Makes and reads one input: `refused`, `accepted`, or what went wrong in one line. `room`: see `_limit_memory`."""
     import hostile_readers
 
     from sftrec_jax.errors import UserError
@@ -177,6 +177,7 @@ def read_one(folder: Path, reader: str, index: int, seed: int, show: bool = Fals
             warnings.simplefilter("error")
             given = made.make(rng, folder)
             before = _around(folder)
+            _limit_memory(room)
             made.read(rng, folder, given)
         found = "accepted"
     except UserError as error:
@@ -192,6 +193,8 @@ def read_one(folder: Path, reader: str, index: int, seed: int, show: bool = Fals
         if show:
             traceback.print_exc()
         found = f"{type(error).__name__}: {_where(error)}: {str(error)[:300]!r}"
+    finally:
+        _limit_memory(None)
     more = sorted(str(path) for path in _around(folder) - before)
     return f"made the file {more[0]}" if more and before else found
 
@@ -227,7 +230,6 @@ def main() -> int:
     if args.only is not None:
         folder = Path(tempfile.mkdtemp(prefix="hostile-")) / "input"
         hostile_readers.prepare()
-        _limit_memory()
         print(read_one(folder, names[0], args.only, args.seed, show=True), folder)
         return 0
     return _report(names, args.count, args.seed)

@@ -66,7 +66,7 @@ def test_crashes_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 
     made = iter([0, 1, 2, 3])
     monkeypatch.setitem(READERS, "bad", READERS["csv"]._replace(make=lambda rng, folder: next(made), read=read_badly))
-    found = [hostile.read_one(tmp_path / "input", "bad", n, 0) for n in range(4)]
+    found = [hostile.read_one(tmp_path / "input", "bad", n, 0, room=None) for n in range(4)]
     assert found[0].startswith("KeyError") and "escaped" in found[1] and "not one printable line" in found[2]
     assert found[3] == "accepted"
 
@@ -116,7 +116,7 @@ def test_shipped_configs_stay_readable(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_names_that_no_file_has(tmp_path: Path) -> None:
-    for source in ("a" * 5000, "./a\0b"):
+    for source in ("./" + "a" * 5000, "a" * 5000, "./a\0b"):
         (tmp_path / "c.yaml").write_text(yaml.safe_dump({"data": {"source": source}}), encoding="utf-8")
         with pytest.raises(UserError, match="cannot be the name of a file"):
             load_config(tmp_path / "c.yaml")
@@ -253,6 +253,15 @@ def test_templates_are_bounded(text: str, error: str, tmp_path: Path) -> None:
     (tmp_path / "a.j2").write_text(text, encoding="utf-8")
     with pytest.raises(UserError, match=error):
         PromptTemplate(tmp_path / "a.j2", ("title",)).render({"title": "A title"})
+
+
+def test_configs_and_templates_have_a_size(tmp_path: Path) -> None:
+    (tmp_path / "a.j2").write_text("x" * 1_000_001, encoding="utf-8")
+    with pytest.raises(UserError, match="a template of 1,000,001 bytes"):
+        PromptTemplate(tmp_path / "a.j2", ())
+    (tmp_path / "a.yaml").write_text("#" * 5_000_000, encoding="utf-8")
+    with pytest.raises(UserError, match="5,000,000 bytes"):
+        load_config(tmp_path / "a.yaml")
 
 
 def test_templates_still_say_what_they_said(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 from jinja2 import TemplateSyntaxError, meta, nodes
 
 from sftrec_jax.data.json_files import encodable
-from sftrec_jax.data.sandbox import Sandbox
+from sftrec_jax.data.sandbox import LARGEST, Sandbox
 from sftrec_jax.errors import UserError
 from sftrec_jax.items.encode import one_line
 
@@ -27,6 +27,8 @@ BLOCKS = ("head", "number", "entry", "tail")
 
 def _parse(path: Path, environment: Sandbox) -> nodes.Template:
     try:
+        if (size := path.stat().st_size) > LARGEST:
+            raise UserError(f"{path}: a template of {size:,} bytes; write a prompt of less than {LARGEST:,}")
         return environment.parse(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"{path}: the template cannot be read ({error.strerror})") from None
