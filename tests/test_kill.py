@@ -48,6 +48,21 @@ def test_killed_at_any_moment_it_ends_where_it_would_have_ended(home: Path, tmp_
     assert chains > 1
 
 
+@pytest.mark.parametrize("file", ["dataset.json", "item_codes.json", "fitted.json"])
+def test_killed_while_it_prepares_it_prepares_again(home: Path, tmp_path: Path, file: str) -> None:
+    out = tmp_path / "run"
+    words = ("run", str(home / "run.yaml"), "--out", str(out), "--train.max-steps", "3")
+    process = start(*words, cache=home / "cache")
+    when(process, (out / "prepared" / file).exists)
+    kill(process)
+    assert finished(process)[0] == -signal.SIGKILL
+    begun = (out / "prepared" / "whole").exists()  # the kill may come too late
+    status, said = finished(start(*words, "--resume", cache=home / "cache"))
+    assert status == 0 and ("what became of" in said) != begun, said[-2000:]
+    for name in ("item_codes.npy", "fitted.json", "dataset.json"):
+        assert (out / "prepared" / name).read_bytes() == (home / "prepared" / "prepared" / name).read_bytes()
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=lambda n: n.name)
 def test_a_signal_saves_and_leaves_with_75_in_training_and_in_validation(home: Path, tmp_path: Path, number: int) -> None:
     out = tmp_path / "run"

@@ -48,6 +48,11 @@ class RunFolder:
         return self.path / "prepared"
 
     @property
+    def whole(self) -> Path:
+        """The last file of `prepared`: without it preparing was stopped half-way, or found leaks."""
+        return self.path / "prepared" / "whole"
+
+    @property
     def replaced(self) -> Path:
         """`prepared` as it was, for the moment in which `add-items` puts another in its place."""
         return self.path / ".prepared.old"
