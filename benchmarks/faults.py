@@ -5,8 +5,8 @@
 
 A small run (stories260K, 24 steps of two passes) is trained once without a stop. Then copies of it are killed with SIGKILL and
 stopped with SIGTERM at moments chosen by what they do or at random, gone on with, and compared bit for bit: adapters, optimizer,
-the data's order by its losses, validation. Bits of files of its checkpoints are flipped one by one. The hostile inputs are those of
-`tests/hostile.py`. The last line is JSON:
+the data's order by its losses, validation. Bits of files of its checkpoints are flipped one by one. The hostile inputs are those
+of `tests/hostile.py`. The last line is JSON:
 
     kills           processes that were ended by SIGKILL
     identical       whether every run that was gone on with ended as the one that was never stopped
@@ -35,13 +35,11 @@ from etils import epath
 from faulty import on_a_full_disk, on_a_slow_disk, with_a_jumping_clock, with_nobody_reading
 from hostile import feed
 from hostile_readers import READERS
-from killing import at_step, differing, finished, kill, records, saving, start, unsealed, when, write_run
+from killing import STEPS, at_step, differing, finished, kill, moments, records, start, when, write_run
 
 from sftrec_jax.errors import UserError
 from sftrec_jax.train import manifest
 from sftrec_jax.train.manifest import Damaged
-
-STEPS = 24
 
 
 class Trial:
@@ -117,36 +115,14 @@ class Trial:
         return status == wanted
 
 
-def moments(run: Path, draw: random.Random) -> dict[str, Callable[[], bool]]:
-    """By what a run does at them."""
-    begun = len(records(run))
-    step = draw.randint(2, STEPS - 2)
-
-    def validating() -> bool:
-        seen = records(run)
-        return len(seen) > begun and seen[-1]["step"] % 8 == 0 and "loss" in seen[-1]
-
-    until = time.monotonic() + draw.uniform(1, 8)
-    return {
-        "compiling": (run / "metrics.jsonl").exists if not begun else at_step(run, begun + 1),
-        "in a step": at_step(run, step),
-        "validating": validating,
-        "saving": saving(run),
-        "between a checkpoint and its manifest": unsealed(run),
-        "at an epoch's edge": at_step(run, 5),
-        "at any time": lambda: time.monotonic() > until,
-    }
-
-
-def kills(trial: Trial, wanted: int, draw: random.Random, seconds: float) -> None:
+def kills(trial: Trial, wanted: int, draw: random.Random) -> None:
     """Chains of kills, each gone on with to the end."""
-    names = ["saving", "validating", "in a step", "compiling", "at an epoch's edge", "between a checkpoint and its manifest"]
-    names += ["at any time"]
-    tries, same, began = 0, 0, time.monotonic()
-    while trial.counts["kills"] < wanted and time.monotonic() - began < seconds:
+    names = list(moments(trial.whole, draw))
+    tries = same = 0
+    while trial.counts["kills"] < wanted:
         run, chain = trial.fresh(), 0
         while chain < 4 and trial.counts["kills"] < wanted:
-            name = names[trial.counts["kills"] % len(names)] if chain == 0 else draw.choice(names)
+            name = names[trial.counts["kills"] % len(names)]
             if not trial.kill_at(run, moments(run, draw)[name]):
                 break
             chain += 1
@@ -240,7 +216,7 @@ def main() -> None:
     try:
         trial = Trial(folder)
         flips(trial, 60 if args.quick else 400, draw)
-        kills(trial, 6 if args.quick else 24, draw, 1e9)
+        kills(trial, 6 if args.quick else 24, draw)
         stops(trial, [9] if args.quick else [3, 8, 16, 20])
         if not args.quick:
             damaged(trial, draw)

@@ -58,7 +58,7 @@ def _run(args: argparse.Namespace, extra: Sequence[str], argv: Sequence[str]) ->
     else:
         config, new_run = _new_run(args, extra)
         with new_run as folder:
-            prepared = args.resume and (folder.prepared / "item_codes.json").exists()
+            prepared = args.resume and folder.whole.exists()
             session = sessions.open_session(folder.path) if prepared else sessions.prepare(folder, config)
             stages.train_stage(session, args.resume, args.accept_changes)
     stopping.pause()
@@ -82,7 +82,7 @@ def _prepared_by_one(args: argparse.Namespace, extra: Sequence[str]) -> "Session
 
     def prepare() -> None:
         with new_run as folder:
-            if not (args.resume and (folder.prepared / "item_codes.json").exists()):
+            if not (args.resume and folder.whole.exists()):
                 sessions.prepare(folder, config)
 
     on_main("prepare", prepare)

@@ -16,6 +16,7 @@ import yaml
 from sftrec_jax.config import RunConfig
 from sftrec_jax.data.known import check_present, expand
 from sftrec_jax.errors import UserError
+from sftrec_jax.safe_yaml import load_yaml
 
 PLACES = {"train": ("checkpoints",)}
 """Folders that need not exist yet, or are named by scheme and bucket."""
@@ -30,6 +31,10 @@ PATH_FIELDS = {
     "tasks": ("templates",),
     "evaluate": ("templates",),
 }
+
+
+LARGEST = 4_000_000
+"""Bytes of a config."""
 
 
 def _nearest(name: str, known: typing.Iterable[str]) -> str:
@@ -104,6 +109,8 @@ def load_config(path: str | Path) -> RunConfig:
     """Reads a YAML file. Values that name an existing path relative to the file become absolute paths."""
     path = Path(path)
     try:
+        if (size := path.stat().st_size) > LARGEST:
+            raise UserError(f"{path}: {size:,} bytes; name a YAML file of less than {LARGEST:,}, such as configs/quick.yaml")
         text = path.read_text(encoding="utf-8")
     except OSError as error:
         raise UserError(
@@ -112,7 +119,7 @@ def load_config(path: str | Path) -> RunConfig:
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: byte {error.start} is not UTF-8; save the config as UTF-8") from None
     try:
-        values = yaml.safe_load(text)
+        values = load_yaml(text)
     except yaml.YAMLError as error:
         raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
     config = parse_config(values, str(path))
@@ -147,8 +154,11 @@ def _resolved(value: str | None, folder: Path) -> str | None:
     if value.startswith("tfds:") and not value.startswith(("tfds:.", "tfds:/")):
         return value
     scheme, rest = ("tfds:", value[5:]) if value.startswith("tfds:") else ("", value)
-    if rest.startswith(("./", "../")) or (folder / rest).exists():
-        return scheme + str((folder / rest).resolve())
+    try:
+        if (folder / rest).exists() or rest.startswith(("./", "../")):
+            return scheme + str((folder / rest).resolve())
+    except (OSError, ValueError) as error:  # too long a name, or one with a zero byte
+        raise UserError(f"{value!r} cannot be the name of a file ({getattr(error, 'strerror', None) or error})") from None
     return value
 
 

@@ -20,6 +20,7 @@ import orbax.checkpoint as ocp
 ROOT = Path(__file__).parent.parent
 TIMED = {"seconds", "tokens_per_s", "target_tokens_per_s", "examples_per_s", "mfu", "loader_wait_s", "peak_bytes"}
 TIMES = {"seconds_evaluating"}
+STEPS = 24
 CONFIG = f"""
 data: {{source: log.csv, time_column: null, user_core: 0}}
 items: {{tokenizer: atomic}}
@@ -114,6 +115,27 @@ def records(out: Path) -> list[dict[str, Any]]:
         return []
     lines = path.read_text(encoding="utf-8").split("\n")[:-1]  # the last one may not be written to its end
     return [{k: v for k, v in json.loads(line).items() if k not in TIMED} for line in lines]
+
+
+def moments(run: Path, draw: random.Random) -> dict[str, Callable[[], bool]]:
+    """When to kill a run, by what it does then. Of `draw` the step and the time."""
+    begun = len(records(run))
+    step = draw.randint(2, STEPS - 2)
+
+    def validating() -> bool:
+        seen = records(run)
+        return len(seen) > begun and seen[-1]["step"] % 8 == 0 and "loss" in seen[-1]
+
+    until = time.monotonic() + draw.uniform(1, 8)
+    return {
+        "compiling": (run / "metrics.jsonl").exists if not begun else at_step(run, begun + 1),
+        "in a step": at_step(run, step),
+        "validating": validating,
+        "saving": saving(run),
+        "between a checkpoint and its manifest": unsealed(run),
+        "at an epoch's edge": at_step(run, 5),
+        "at any time": lambda: time.monotonic() > until,
+    }
 
 
 def stored(out: Path, step: int) -> dict[str, np.ndarray]:

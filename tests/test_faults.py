@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from etils import epath
 from faulty import on_a_full_disk, on_a_slow_disk, with_a_jumping_clock, with_nobody_reading
-from killing import at_step, differing, finished, kill, records, start, when
-from test_kill import STEPS, home  # noqa: F401  (a fixture)
+from killing import STEPS, at_step, differing, finished, kill, records, start, when
+from test_kill import home  # noqa: F401  (a fixture)
 from test_manifest import flip
 
 from sftrec_jax.cli import main

@@ -3,15 +3,12 @@
 import random
 import shutil
 import signal
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from killing import at_step, differing, finished, kill, records, saving, start, stored, unsealed, when, write_run
+from killing import STEPS, at_step, differing, finished, kill, moments, records, start, stored, when, write_run
 
 pytestmark = pytest.mark.slow
-STEPS = 24
 KILLS = 20
 
 
@@ -29,45 +26,41 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def moments(out: Path, draw: random.Random) -> list[Callable[[], bool]]:
-    """When to kill: some by what the run does, others by the clock."""
-
-    def compiling() -> bool:
-        return (out / "metrics.jsonl").exists()
-
-    def validating() -> bool:
-        seen = records(out)
-        return bool(seen) and seen[-1]["step"] % 8 == 0 and "loss" in seen[-1]
-
-    def after(seconds: float) -> Callable[[], bool]:
-        until = time.monotonic() + seconds
-        return lambda: time.monotonic() > until
-
-    made = [compiling, validating, saving(out), unsealed(out), *(at_step(out, draw.randint(1, STEPS)) for _ in range(3))]
-    # An epoch ends after about five steps; the switch of `rows_first` compiles.
-    return [*made, at_step(out, 5), at_step(out, 6), after(draw.uniform(0, 12))]
-
-
 def test_killed_at_any_moment_it_ends_where_it_would_have_ended(home: Path, tmp_path: Path) -> None:
+    """While it compiles, steps, validates and saves, at an epoch's edge, whenever the clock says: up to four times a run."""
     draw, kills, chains = random.Random(7), 0, 0
+    names = list(moments(home / "whole", draw))
     while kills < KILLS:
-        out = tmp_path / f"chain {chains}"
-        shutil.copytree(home / "prepared", out)
-        for _ in range(8):
-            begun = len(records(out))
+        out = Path(shutil.copytree(home / "prepared", tmp_path / f"chain {chains}"))
+        for _ in range(4):
             process = start("train", str(out), "--resume", cache=home / "cache")
-            moment = draw.choice(moments(out, draw))
-            if when(process, lambda: moment() and (len(records(out)) != begun or draw.random() < 0.02)):  # noqa: B023
-                kill(process)
-                kills += 1
-                assert finished(process)[0] == -signal.SIGKILL
-                continue
-            assert finished(process)[0] == 0
-            break
+            when(process, moments(out, draw)[names[kills % len(names)]])
+            kill(process)
+            status, said = finished(process)
+            assert status in (0, -signal.SIGKILL), said[-2000:]
+            kills += status != 0
+            if status == 0:  # done before the moment came
+                break
         status, said = finished(start("train", str(out), "--resume", cache=home / "cache"))
         assert status == 0, said[-2000:]
         assert differing(out, home / "whole", STEPS) == []
         chains += 1
+    assert chains > 1
+
+
+@pytest.mark.parametrize("file", ["dataset.json", "item_codes.json", "fitted.json"])
+def test_killed_while_it_prepares_it_prepares_again(home: Path, tmp_path: Path, file: str) -> None:
+    out = tmp_path / "run"
+    words = ("run", str(home / "run.yaml"), "--out", str(out), "--train.max-steps", "3")
+    process = start(*words, cache=home / "cache")
+    when(process, (out / "prepared" / file).exists)
+    kill(process)
+    assert finished(process)[0] == -signal.SIGKILL
+    begun = (out / "prepared" / "whole").exists()  # the kill may come too late
+    status, said = finished(start(*words, "--resume", cache=home / "cache"))
+    assert status == 0 and ("what became of" in said) != begun, said[-2000:]
+    for name in ("item_codes.npy", "fitted.json", "dataset.json"):
+        assert (out / "prepared" / name).read_bytes() == (home / "prepared" / "prepared" / name).read_bytes()
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=lambda n: n.name)

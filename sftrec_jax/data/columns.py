@@ -6,6 +6,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 import polars as pl
+from polars.exceptions import PolarsError
 
 from sftrec_jax.data.table import Table
 from sftrec_jax.errors import UserError
@@ -26,7 +27,16 @@ def as_text(table: Table, role: str) -> pl.Series:
     dtype = values.dtype
     if dtype.is_nested() or dtype == pl.Object:
         raise UserError(f"{table.where}: the {role} column holds {dtype}; name a column with one value a row")
-    text = values.cast(pl.String, strict=False)
+    if (far := _no_date(values)).any():
+        raise UserError(
+            f"{table.where}: row {first_row(table, far)} has a {role} that is no date of the years 1 to 9999; correct it"
+        )
+    try:
+        text = values.cast(pl.String, strict=False)
+    except PolarsError as error:
+        raise UserError(
+            f"{table.where}: the {role} column holds {dtype}, which is no text ({error}); write it as UTF-8"
+        ) from None
     if dtype.is_float():  # each by itself, since a source may come in parts
         whole = values.cast(pl.Int64, strict=False)
         same = (whole.cast(dtype) == values).fill_null(False)
@@ -58,9 +68,9 @@ def _joined(text: str) -> str:
         return text
     try:
         parts = json.loads(text)
-    except ValueError:
+        return ", ".join(_flat(parts)) if isinstance(parts, list) else text
+    except (ValueError, RecursionError):
         return text
-    return ", ".join(_flat(parts)) if isinstance(parts, list) else text
 
 
 def _flat(parts: list[Any]) -> Iterator[str]:
@@ -74,8 +84,10 @@ def _flat(parts: list[Any]) -> Iterator[str]:
 def ratings(table: Table) -> pl.Series:
     """The ratings as float64 [rows]. UserError for one that is missing, no number, NaN or infinite."""
     raw = table.frame["rating"]
+    if not (raw.dtype.is_numeric() or raw.dtype in (pl.String, pl.Boolean, pl.Null)):
+        raise UserError(f"{table.where}: the rating column holds {raw.dtype}; name a column of numbers, or null")
     values = raw.cast(pl.Float64, strict=False)
-    bad = ~values.is_finite().fill_null(False)
+    bad = ~(values.abs() < LARGEST).fill_null(False)
     if bad.any():
         value = raw.filter(bad)[0]
         raise UserError(
@@ -85,8 +97,10 @@ def ratings(table: Table) -> pl.Series:
     return values
 
 
-LAST = 253_402_300_799
-"""Seconds at the end of the year 9999."""
+LARGEST = 3e38
+"""Ratings are kept in float32."""
+FIRST, LAST = -62_135_596_800, 253_402_300_799
+"""Seconds at the beginning of the year 1 and at the end of the year 9999."""
 UNITS = {"s": 1, "ms": 1_000, "us": 1_000_000, "ns": 1_000_000_000}
 
 
@@ -114,6 +128,10 @@ def times(table: Table, unit: str = "s") -> pl.DataFrame:
     if raw.dtype.is_float():
         return _checked(table, _from_floats(raw, parts), wanted)
     if raw.dtype == pl.Date or raw.dtype == pl.Datetime:
+        if (far := _no_date(raw)).any():
+            raise UserError(
+                f"{table.where}: row {first_row(table, far)} has a time that is not in the years 1 to 9999; correct it"
+            )
         moments = raw.cast(pl.Datetime("us")) if raw.dtype == pl.Date else raw
         seconds = moments.dt.timestamp("us") // 1_000_000
         return _checked(table, pl.DataFrame({"time": seconds, "fraction": moments.dt.nanosecond().cast(pl.Int64)}), "a time")
@@ -160,10 +178,27 @@ def _checked(table: Table, parsed: pl.DataFrame, wanted: str) -> pl.DataFrame:
         raise UserError(
             f"{table.where}: row {first_row(table, bad)} has the time {value!r}, which is not {wanted}; correct or remove the row"
         )
-    if parsed.height and (beyond := parsed["time"] > LAST).any():
+    if parsed.height and (beyond := (parsed["time"] > LAST) | (parsed["time"] < FIRST)).any():
         value, row = table.frame["time"].filter(beyond)[0], first_row(table, beyond)
-        raise UserError(f"{table.where}: row {row} has the time {value!r}, past the year 9999; set data.time_unit (ms, us or ns)")
+        raise UserError(
+            f"{table.where}: row {row} has the time {value!r}, not in the years 1 to 9999; set data.time_unit (ms, us or ns)"
+        )
     return parsed
+
+
+def _no_date(values: pl.Series) -> pl.Series:
+    """bool [rows]: whether a date, or a time of the day, is none that can be written."""
+    dtype, numbers = values.dtype, values.to_physical()
+    if dtype == pl.Time:
+        low, high = 0, 86_400 * UNITS["ns"] - 1
+    elif dtype == pl.Date:
+        low, high = FIRST // 86_400, LAST // 86_400
+    elif isinstance(dtype, pl.Datetime):
+        low, high = FIRST * UNITS[dtype.time_unit], (LAST + 1) * UNITS[dtype.time_unit] - 1
+    else:
+        return pl.Series([False])
+    high = min(high, (1 << 63) - 1)
+    return ((numbers < max(low, -(1 << 63))) | (numbers > high)).fill_null(False)
 
 
 def first_row(table: Table, mask: pl.Series) -> int:

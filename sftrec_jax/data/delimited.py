@@ -10,10 +10,14 @@ from polars.exceptions import PolarsError
 
 from sftrec_jax.data.recbole import strip_types
 from sftrec_jax.data.table import Column, Table, by_role, require_columns
-from sftrec_jax.data.textfile import text_blocks
+from sftrec_jax.data.textfile import Block, pieces, text_blocks
 from sftrec_jax.errors import UserError
 
 ATOMIC = (".inter", ".item", ".user")
+COLUMNS = 50_000
+"""Most of a file; each takes memory, whatever it holds."""
+CELLS = 1 << 22
+"""Most that are parsed at once, where lines are short: a line of one byte is a row of all columns."""
 
 
 def read_delimited(path: Path, kind: str, columns: Sequence[Column]) -> Iterator[Table]:
@@ -21,10 +25,12 @@ def read_delimited(path: Path, kind: str, columns: Sequence[Column]) -> Iterator
     separator = "," if kind == ".csv" else "\t"
     quote = None if kind in ATOMIC else '"'
     header, rows = b"", 0
-    for block in text_blocks(path, None if quote is None else b'"'):
+    for block in _blocks(path, separator.encode(), None if quote is None else b'"'):
         data = header + block.data
         if not data.strip():
             continue
+        if not header and (count := data.count(separator.encode(), 0, data.find(b"\n") % (len(data) + 1)) + 1) > COLUMNS:
+            raise UserError(f"{path}: row 1 has {count:,} fields; keep the columns that are needed, {COLUMNS:,} at most")
         try:
             frame = pl.read_csv(io.BytesIO(data), separator=separator, quote_char=quote, infer_schema=False)
         except PolarsError as error:
@@ -44,6 +50,13 @@ def read_delimited(path: Path, kind: str, columns: Sequence[Column]) -> Iterator
         require_columns(str(path), columns, [])
 
 
+def _blocks(path: Path, separator: bytes, quote: bytes | None) -> Iterator[Block]:
+    columns = 0
+    for block in text_blocks(path, quote):
+        columns = columns or block.data.count(separator, 0, block.data.find(b"\n") % (len(block.data) + 1)) + 1
+        yield from pieces(block, max(1, CELLS // columns), quote)
+
+
 def _malformed_row(path: Path, data: bytes, separator: str, quote: str | None, error: PolarsError, before: int) -> str:
     reader = csv.reader(
         io.StringIO(data.decode("utf-8"), newline=""),
@@ -59,7 +72,10 @@ def _malformed_row(path: Path, data: bytes, separator: str, quote: str | None, e
             if len(fields) > width:
                 found = f"row {row + before} has {len(fields)} fields, the header {width}"
                 return f"{path}: {found}; quote fields that hold {separator!r}"
-    except csv.Error:
+    except csv.Error as problem:
+        if "field limit" in str(problem):
+            limit = csv.field_size_limit()
+            return f"{path}: row {row + 1 + before} has a field of more than {limit:,} characters; check quotation marks there"
         return (
             f"{path}: row {row + 1 + before} has a quotation mark that does not end its field; double it or quote the whole field"
         )

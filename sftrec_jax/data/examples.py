@@ -11,6 +11,7 @@ import polars as pl
 
 from sftrec_jax.config import DataConfig
 from sftrec_jax.data.columns import text_ids
+from sftrec_jax.data.json_files import LITERAL, encodable
 from sftrec_jax.data.readers import read_table
 from sftrec_jax.data.splits import Split
 from sftrec_jax.data.table import Column, Table
@@ -103,16 +104,21 @@ def _lists(table: Table) -> list[list[str]]:
         parsed = value if nested else _literal(value)
         if not isinstance(parsed, list | tuple) or not all(isinstance(i, str | int) and i != "" for i in parsed):
             raise UserError(f"{table.where}: row {row} has the history {value!r}, which is no list of item ids such as [12, 7]")
-        out.append([str(i) for i in parsed])
+        texts = [str(i) for i in parsed]
+        if not encodable("".join(texts)):
+            raise UserError(f"{table.where}: row {row} has an id that is no text (half of a surrogate pair); write ids in UTF-8")
+        out.append(texts)
     return out
 
 
 def _literal(text: str | None) -> Any:
     try:
         return json.loads(text or "")
-    except ValueError:
+    except (ValueError, RecursionError):
         pass
+    if len(text or "") > LITERAL:
+        return None
     try:
         return ast.literal_eval(text or "")
-    except (ValueError, SyntaxError, MemoryError, RecursionError):
+    except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
         return None

@@ -11,9 +11,14 @@ import polars as pl
 from polars.exceptions import PolarsError
 
 from sftrec_jax.data.table import Column, Table, by_role, require_columns
-from sftrec_jax.data.textfile import Block, read_utf8, text_blocks
+from sftrec_jax.data.textfile import Block, beginning, pieces, read_utf8, text_blocks
 from sftrec_jax.errors import UserError
 
+_PLAIN = "write texts, numbers and lists of them"
+LINES = 1 << 20
+"""Most that are parsed at once."""
+LITERAL = 1 << 22
+"""Most bytes of a line in Python's notation, whose parser takes a hundred times as much."""
 KEY = "item_id"
 """Name under which the key of a `.json` object stands beside the fields of its value."""
 
@@ -22,7 +27,7 @@ def read_json_lines(path: Path, columns: Sequence[Column]) -> Iterator[Table]:
     """One object a line. UserError for a line that is none, for a column that the first block of lines lacks, and for a sparse
     one that all lack."""
     awaited, present = [column for column in columns if column.sparse], []
-    for block in text_blocks(path):
+    for block in (piece for whole in text_blocks(path) for piece in pieces(whole, LINES)):
         lines = block.data.split(b"\n")
         rows = [number for number, line in enumerate(lines, start=1) if line.strip()]
         if not rows:
@@ -53,7 +58,10 @@ def _read_block(path: Path, block: Block, lines: Sequence[bytes], rows: Sequence
                     where = f"{path}: row {number + block.lines}"
                     raise UserError(f"{where} is not a JSON object ({problem}); write one object a line")
             raise UserError(f"{path}: cannot be parsed ({reason}); write one JSON object a line")
-        texts = [{name: _as_text(entry.get(name)) for name in names} for entry in entries]
+        try:
+            texts = [{name: _as_text(entry.get(name)) for name in names} for entry in entries]
+        except (TypeError, ValueError, RecursionError) as error:
+            raise UserError(f"{path}: rows {rows[0] + block.lines} to {rows[-1] + block.lines}: {error}; {_PLAIN}") from None
         frame = pl.DataFrame(texts, schema={name: pl.String for name in names})
     return frame
 
@@ -78,9 +86,11 @@ def _literals(lines: Sequence[bytes]) -> list[dict[str, Any]] | None:
     """Lines that are dictionaries in Python's notation, which is parsed and never run; None where one is not."""
     out = []
     for line in lines:
+        if len(line) > LITERAL:
+            return None
         try:
             value = ast.literal_eval(line.decode("utf-8").strip())
-        except (ValueError, SyntaxError, MemoryError, RecursionError):
+        except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
             return None
         if not isinstance(value, dict):
             return None
@@ -90,10 +100,8 @@ def _literals(lines: Sequence[bytes]) -> list[dict[str, Any]] | None:
 
 def is_lines(path: Path) -> bool:
     """Whether a `.json` file has an object in its first line and goes on, as dumps of JSON lines do."""
-    for block in text_blocks(path, size=1 << 20):
-        first, _, rest = block.data.lstrip().partition(b"\n")
-        return bool(rest.strip()) and (not _json_problem(first) or _literals([first]) is not None)
-    return False
+    first, _, rest = beginning(path).lstrip().partition(b"\n")
+    return bool(rest.strip()) and (not _json_problem(first) or _literals([first]) is not None)
 
 
 def read_json_object(path: Path, columns: Sequence[Column]) -> Table:
@@ -105,7 +113,10 @@ def read_json_object(path: Path, columns: Sequence[Column]) -> Table:
     present = list(dict.fromkeys([KEY, *(name for value in entries.values() for name in value)]))
     require_columns(str(path), columns, present)
     names = {column.name for column in columns}
-    rows = [{name: _as_text(({KEY: key} | value).get(name)) for name in names} for key, value in entries.items()]
+    try:
+        rows = [{name: _as_text(({KEY: key} | value).get(name)) for name in names} for key, value in entries.items()]
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: {error}; {_PLAIN}") from None
     frame = pl.DataFrame(rows, schema={name: pl.String for name in names})
     return Table(by_role(frame, columns, pl.int_range(1, pl.len() + 1)), str(path))
 
@@ -122,4 +133,17 @@ def load_object(path: Path, form: str) -> dict[str, Any]:
 
 
 def _as_text(value: Any) -> str | None:
-    return value if value is None or isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    """ValueError for half a surrogate pair, which JSON can spell and text cannot hold; TypeError for what JSON cannot hold."""
+    text = value if value is None or isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    if text is not None and not text.isascii() and not encodable(text):
+        raise ValueError(f"{text!r} is no text (half of a surrogate pair)")
+    return text
+
+
+def encodable(text: str) -> bool:
+    """Whether UTF-8 can hold it: JSON's escapes may spell half of a surrogate pair."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True

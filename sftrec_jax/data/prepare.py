@@ -236,6 +236,8 @@ def _read_log(config: DataConfig, ordered: bool) -> Iterable[Table]:
     if ordered:
         if config.rating_column is not None:
             raise UserError(f"{config.source}: a sequence file has no ratings; set data.rating_column: null")
+        if said := [name for name in REMARKS if getattr(config, f"{name}_column") is not None]:
+            raise UserError(f"{config.source}: a sequence file has no {said[0]}; set data.{said[0]}_column: null")
         return read_sequences(path) if extension(path) == ".txt" else [read_json_sequences(path)]
     columns = [Column("user", config.user_column, "data.user_column"), Column("item", config.item_column, "data.item_column")]
     for role in ("time", "rating", *REMARKS):

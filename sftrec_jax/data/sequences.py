@@ -6,9 +6,9 @@ from pathlib import Path
 
 import polars as pl
 
-from sftrec_jax.data.json_files import load_object
+from sftrec_jax.data.json_files import encodable, load_object
 from sftrec_jax.data.table import Table
-from sftrec_jax.data.textfile import text_blocks
+from sftrec_jax.data.textfile import beginning, text_blocks
 from sftrec_jax.errors import UserError
 
 _SCHEMA = {"user": pl.String, "item": pl.List(pl.String), "row": pl.Int64}
@@ -20,7 +20,7 @@ def read_sequences(path: Path) -> Iterator[Table]:
     Empty lines are skipped. UserError when a user has two lines, or no item.
     """
     seen: dict[str, int] = {}
-    for block in text_blocks(path):
+    for block in text_blocks(path, size=1 << 23):
         users, items, rows = [], [], []
         for row, line in enumerate(block.data.decode("utf-8").split("\n"), start=block.lines + 1):
             fields = line.split()
@@ -46,9 +46,7 @@ def is_json_sequences(path: Path) -> bool:
     """Whether the first value of a JSON object is a list."""
     if not path.is_file():
         return False
-    for block in text_blocks(path, size=1 << 16):
-        return re.match(rb'\s*\{\s*"(?:[^"\\]|\\.)*"\s*:\s*\[', block.data) is not None
-    return False
+    return re.match(rb'\s*\{\s*"(?:[^"\\]|\\.)*"\s*:\s*\[', beginning(path, 1 << 16)) is not None
 
 
 def read_json_sequences(path: Path) -> Table:
@@ -60,7 +58,10 @@ def read_json_sequences(path: Path) -> Table:
             raise UserError(f"{path}: entry {row}: user {user!r} has no list of item ids; {_FORM}")
         if not value:
             raise UserError(f"{path}: entry {row}: user {user!r} has no item; remove the entry")
+        texts = [str(item) for item in value]
+        if not encodable("".join([user, *texts])):
+            raise UserError(f"{path}: entry {row}: user {user!r} or an item is no text (half of a surrogate pair); {_FORM}")
         users.append(user)
-        items.append([str(item) for item in value])
+        items.append(texts)
     frame = pl.DataFrame({"user": users, "item": items, "row": range(1, len(users) + 1)}, schema=_SCHEMA)
     return Table(frame.explode("item"), str(path))

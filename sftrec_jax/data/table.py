@@ -39,10 +39,12 @@ def require_columns(where: str, columns: Sequence[Column], present: Sequence[str
             continue
         if not present:
             raise UserError(f"{where}: no column {column.name!r}, the file is empty; name a file with a header")
-        lowered = {name.lower(): name for name in present}
-        close = difflib.get_close_matches(column.name.lower(), list(lowered), n=1, cutoff=0.0)
+        # The comparison takes time with the square of the length.
+        lowered = {name.lower(): name for name in present[:1000] if len(name) <= 100}
+        close = difflib.get_close_matches(column.name.lower()[:100], list(lowered), n=1, cutoff=0.0)
         nearest = lowered[close[0]] if close else present[0]
-        shown = ", ".join(present[:20]) + (", ..." if len(present) > 20 else "")
+        shown = ", ".join(name if len(name) <= 100 else f"{name[:97]}..." for name in present[:20])
+        shown += ", ..." if len(present) > 20 else ""
         way_out = f"set {column.setting} (nearest: {nearest!r})"
         if column.role == "time":
             way_out += ", or null if each user's rows are in time order"

@@ -5,10 +5,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from jinja2 import StrictUndefined, TemplateError, TemplateSyntaxError, meta, nodes
-from jinja2.exceptions import SecurityError
-from jinja2.sandbox import ImmutableSandboxedEnvironment
+from jinja2 import TemplateSyntaxError, meta, nodes
 
+from sftrec_jax.data.json_files import encodable
+from sftrec_jax.data.sandbox import LARGEST, Sandbox
 from sftrec_jax.errors import UserError
 from sftrec_jax.items.encode import one_line
 
@@ -21,33 +21,14 @@ UNSEEN = "unseen"
 Parts = list[str | int]
 """Words, and items (by index) whose tokens stand between them."""
 BUILT_IN = Path(__file__).parent / "templates"
-LARGEST = 1_000_000
 BLOCKS = ("head", "number", "entry", "tail")
 """Parts of a prompt that holds a history."""
 
 
-class _Sandbox(ImmutableSandboxedEnvironment):
-    """Jinja's own, which also refuses products and powers that would fill the memory."""
-
-    intercepted_binops = frozenset({"*", "**"})
-
-    def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
-        if not all(isinstance(value, int | float) and abs(value) < LARGEST for value in (left, right)) or operator == "**":
-            raise SecurityError(f"{operator} of these values is not allowed; a template multiplies numbers below {LARGEST:,}")
-        return super().call_binop(context, operator, left, right)
-
-
-def _environment() -> ImmutableSandboxedEnvironment:
-    return _Sandbox(
-        undefined=StrictUndefined,
-        keep_trailing_newline=True,
-        autoescape=False,
-        finalize=lambda value: "" if value is None else value,
-    )
-
-
-def _parse(path: Path, environment: ImmutableSandboxedEnvironment) -> nodes.Template:
+def _parse(path: Path, environment: Sandbox) -> nodes.Template:
     try:
+        if (size := path.stat().st_size) > LARGEST:
+            raise UserError(f"{path}: a template of {size:,} bytes; write a prompt of less than {LARGEST:,}")
         return environment.parse(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"{path}: the template cannot be read ({error.strerror})") from None
@@ -66,15 +47,15 @@ def field_name(column: str) -> str:
 class _Part:
     """A template, or one block of it, with the fields that it names."""
 
-    def __init__(
-        self, where: str, tree: nodes.Template, environment: ImmutableSandboxedEnvironment, fields: tuple[str, ...], hint: str
-    ):
+    def __init__(self, where: str, tree: nodes.Template, environment: Sandbox, fields: tuple[str, ...], hint: str):
         self.where = where
         try:
             self.names = meta.find_undeclared_variables(tree)
-            self._template = environment.from_string(tree)
+            self._template, self._sandbox = environment.from_string(tree), environment
         except TemplateSyntaxError as error:
             raise UserError(f"{where}, line {error.lineno}: {error.message}") from None
+        except (SyntaxError, RecursionError, MemoryError) as error:  # Python's own compiler
+            raise UserError(f"{where}: {type(error).__name__}: {error}; write fewer blocks within one another") from None
         unknown = sorted(self.names - set(fields))
         if unknown:
             known = f"has {', '.join(fields)}" if fields else "has none"
@@ -85,10 +66,13 @@ class _Part:
 
         Raises: UserError for what the sandbox refuses, and for a filter that fails.
         """
+        self._sandbox.begin()
         try:
             text = self._template.render(values)
-        except (TemplateError, TypeError, ValueError, ArithmeticError, RecursionError) as error:
-            raise UserError(f"{self.where}: {type(error).__name__}: {str(error).splitlines()[0]}") from None
+        except Exception as error:  # a filter may raise anything
+            raise UserError(f"{self.where}: {type(error).__name__}: {(str(error).splitlines() or [''])[0]}") from None
+        if not encodable(text):
+            raise UserError(f"{self.where}: writes half of a surrogate pair, which is no text; take \\ud800 and the like out")
         parts = _MARK.split(text)
         if any(mark in part for part in parts for mark in (_OPEN, _CLOSE)):
             raise UserError(f"{self.where}: a filter cut an item's tokens; write {{{{ item }}}} without filters")
@@ -100,7 +84,7 @@ class PromptTemplate:
 
     def __init__(self, path: Path, fields: tuple[str, ...]):
         self.path = path
-        environment = _environment()
+        environment = Sandbox()
         self._part = _Part(str(path), _parse(path, environment), environment, fields, "")
 
     @property
@@ -129,7 +113,7 @@ class HistoryTemplate:
 
     def __init__(self, path: Path, fields: Mapping[str, tuple[str, ...]], hints: Mapping[str, str]):
         self.path = path
-        environment = _environment()
+        environment = Sandbox()
         tree = _parse(path, environment)
         self._parts: dict[str, _Part] = {}
         for node in tree.body:

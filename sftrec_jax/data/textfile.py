@@ -12,7 +12,9 @@ from sftrec_jax.errors import UserError
 _BOM = b"\xef\xbb\xbf"
 _SHARD = re.compile(r"-\d+-of-\d+$")
 BLOCK = 1 << 25
-"""Bytes of text that are parsed at once."""
+"""Bytes of text that are parsed at once, and most bytes of a line (with quotation marks: of a row)."""
+WHOLE = 1 << 30
+"""Most bytes of a file that is taken whole: a gzipped one may be a thousandth of what it unpacks to."""
 
 
 class Block(NamedTuple):
@@ -32,9 +34,23 @@ def extension(path: Path) -> str:
 
 
 def read_bytes(path: Path) -> bytes:
-    """The file's bytes, decompressed when its name ends in `.gz`; UserError when it is missing or damaged."""
+    """The file's bytes, decompressed when its name ends in `.gz`; UserError when it is missing, damaged, or beyond `WHOLE`."""
+    pieces, total = [], 0
     with opened(path) as file:
-        return _read(path, file, -1)
+        while piece := _read(path, file, BLOCK):
+            pieces.append(piece)
+            total += len(piece)
+            if total > WHOLE:
+                raise UserError(
+                    f"{path}: unpacks to more than {WHOLE >> 20:,} MB; divide it, or write it as .jsonl, .csv or .parquet"
+                )
+    return b"".join(pieces)
+
+
+def beginning(path: Path, size: int = BLOCK) -> bytes:
+    """The first bytes of a text, without byte order mark. UserError as in `read_bytes`."""
+    with opened(path) as file:
+        return _read(path, file, size).removeprefix(_BOM)
 
 
 def opened(path: Path) -> BinaryIO:
@@ -57,13 +73,16 @@ def _read(path: Path, file: BinaryIO, size: int) -> bytes:
 
 def read_utf8(path: Path) -> bytes:
     """Like `read_bytes`, for text: a byte order mark is taken off; UserError names row and byte of invalid UTF-8."""
-    return b"".join(block.data for block in text_blocks(path))
+    whole = read_bytes(path)
+    data = whole.removeprefix(_BOM)
+    _check(path, data, 0, len(whole) - len(data))
+    return data
 
 
 def text_blocks(path: Path, quote: bytes | None = None, size: int = BLOCK) -> Iterator[Block]:
     """The file in blocks of about `size` bytes, cut at line breaks (with `quote`, at those outside of quotation marks).
 
-    UserError as in `read_utf8`.
+    UserError as in `read_utf8`, and for a line that is longer than `BLOCK`.
     """
     with opened(path) as file:
         rest, lines, offset = _read(path, file, len(_BOM)), 0, 0
@@ -76,16 +95,40 @@ def text_blocks(path: Path, quote: bytes | None = None, size: int = BLOCK) -> It
                 _check(path, rest[:end], lines, offset)
                 yield Block(rest[:end], lines, offset)
                 lines, offset, rest = lines + rest.count(b"\n", 0, end), offset + end, rest[end:]
+            if len(rest) > BLOCK:
+                what = "a line" if quote is None else "a row, or what stands between two quotation marks,"
+                raise UserError(
+                    f"{path}: row {lines + 1}: {what} has more than {BLOCK >> 20} MB; correct line breaks and quotes there"
+                )
         if rest:
             _check(path, rest, lines, offset)
             yield Block(rest, lines, offset)
 
 
+def pieces(block: Block, rows: int, quote: bytes | None = None) -> Iterator[Block]:
+    """A block in pieces of at most `rows` lines, where it can be cut: few bytes may be many lines, which take memory each."""
+    data, count = block.data, block.data.count(b"\n")
+    end = 0
+    if count > rows:
+        end = next((end for share in (4, 6, 7) if (end := _last_break(data[: len(data) * share // 8], quote))), 0)
+    if not end:
+        yield block
+        return
+    yield from pieces(Block(data[:end], block.lines, block.offset), rows, quote)
+    after = Block(data[end:], block.lines + data.count(b"\n", 0, end), block.offset + end)
+    yield from pieces(after, rows, quote)
+
+
 def _last_break(data: bytes, quote: bytes | None) -> int:
     """Where the last line ends that is not inside of quotation marks; 0 where none does."""
     end = data.rfind(b"\n") + 1
-    while end and quote is not None and data.count(quote, 0, end) % 2:
-        end = data.rfind(b"\n", 0, end - 1) + 1
+    if quote is None or not end:
+        return end
+    odd = data.count(quote, 0, end) % 2
+    while end and odd:
+        last = data.rfind(quote, 0, end)
+        end = data.rfind(b"\n", 0, last) + 1
+        odd = data.count(quote, end, last) % 2
     return end
 
 

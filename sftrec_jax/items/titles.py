@@ -11,6 +11,8 @@ import numpy as np
 
 from sftrec_jax.errors import UserError
 
+LONGEST = 200
+"""Characters of a title that are compared with another's, which takes time with the square of their number."""
 _DIGITS = re.compile(r"([0-9]+)")
 
 
@@ -103,12 +105,14 @@ class TitleIndex:
 
     def nearest(self, text: str, count: int = 3) -> list[str]:
         """The titles most like `text`, best first, with words in any order ("the matrix" is near "Matrix, The (1999)")."""
+        text = text[:LONGEST]
         wanted = _pieces(text)
         # Letter-by-letter comparison is slow, so it sees only the 200 titles that share most three-letter pieces.
         shared = np.asarray([sum(p in t for p in wanted) / (len(t) + 20) for t in map(_normal, self._titles)])
         ratios = []
         for i in np.argsort(-shared, kind="stable")[:200].tolist():
-            pairs = ((_normal(text), _normal(self._titles[i])), (_words(text), _words(self._titles[i])))
+            title = self._titles[i][:LONGEST]
+            pairs = ((_normal(text), _normal(title)), (_words(text), _words(title)))
             ratios.append((-max(SequenceMatcher(None, *pair).ratio() for pair in pairs), i))
         return [self._titles[i] for _, i in sorted(ratios)[:count]]
 

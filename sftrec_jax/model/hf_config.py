@@ -193,7 +193,7 @@ def _yarn_attention(scaling: dict[str, Any], factor: float) -> float:
 
 def _check(config: dict[str, Any], where: str) -> None:
     kind = config.get("model_type")
-    if kind not in FAMILIES:
+    if not isinstance(kind, str) or kind not in FAMILIES:
         instead = ELSEWHERE.get(str(kind), f"a model of {', '.join(FAMILIES)}")
         raise UserError(f"{where}: model_type {kind!r} is not supported; use {instead}")
     if config.get("quantization_config"):
@@ -212,7 +212,7 @@ def parse_architecture(config: dict[str, Any], where: str) -> Architecture:
     family = FAMILIES[config["model_type"]]
     config = {"max_position_embeddings": 32_768, **family.defaults, **config}
     act = config.get("hidden_activation") or config.get("hidden_act") or "silu"
-    if act not in ACTIVATIONS:
+    if not isinstance(act, str) or act not in ACTIVATIONS:
         raise UserError(f"{where}: hidden_act {act!r} is not supported; use a model with {', '.join(ACTIVATIONS)}")
     try:
         heads, hidden = int(config["num_attention_heads"]), int(config["hidden_size"])
@@ -244,6 +244,10 @@ def parse_architecture(config: dict[str, Any], where: str) -> Architecture:
         )
     except KeyError as error:
         raise UserError(f"{where}: key {error} is missing; a Hugging Face config.json of {family.hf_class} has it") from None
+    except (TypeError, ValueError, AttributeError, ArithmeticError, IndexError) as error:
+        raise UserError(
+            f"{where}: a value is not what {family.hf_class} needs ({error}); copy the model's config.json again"
+        ) from None
     if architecture.heads % architecture.kv_heads:
         raise UserError(f"{where}: {heads} heads are not a multiple of {architecture.kv_heads} key-value heads")
     if min(architecture.layers, architecture.head_dim, architecture.vocab_size) < 1 or not math.isfinite(theta):
@@ -263,8 +267,8 @@ def read_architecture(path: Path) -> Architecture:
         config = json.loads(file.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"{file}: cannot be read ({error.strerror}); a model folder needs a config.json") from None
-    except ValueError as error:
-        raise UserError(f"{file}: not valid JSON ({error})") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{file}: not valid JSON ({error}); copy the model's config.json again") from None
     if not isinstance(config, dict):
         raise UserError(f"{file}: not a JSON object; a Hugging Face config.json is one")
     return parse_architecture(config, str(file))

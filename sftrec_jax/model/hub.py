@@ -35,6 +35,7 @@ _TOKENIZER_PATTERNS = [
     "chat_template.jinja",
 ]
 _MODEL_PATTERNS = ["config.json", "generation_config.json", "model*.safetensors", "model.safetensors.index.json"]
+_REVISION = re.compile(r"[A-Za-z0-9][\w./-]*")  # becomes a path in the hub's cache
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
@@ -146,6 +147,8 @@ def _one_line(error: BaseException) -> str:
 
 
 def _snapshot(name: str, revision: str | None, patterns: list[str]) -> Path:
+    if revision is not None and (not _REVISION.fullmatch(revision) or ".." in revision):
+        raise UserError(f"model.revision: {revision!r} is no branch, tag or commit; name one of {name} on the hub")
     from huggingface_hub import snapshot_download  # takes a second, and most runs use local files
 
     try:

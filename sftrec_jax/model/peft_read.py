@@ -51,8 +51,7 @@ def adapter_folder(path: str) -> Path:
 def trains_tokens(path: str) -> bool:
     """Whether the adapter holds rows of tokens."""
     folder = adapter_folder(path)
-    config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-    return bool(config.get("trainable_token_indices"))
+    return bool(_read_config(folder / CONFIG).get("trainable_token_indices"))
 
 
 def modules_to_save(config: LoraConfig) -> tuple[str, ...]:
@@ -76,12 +75,19 @@ def configured_spec(config: LoraConfig, arch: Architecture) -> AdapterSpec:
     return adapter_spec(dataclasses.replace(theirs, dropout=config.dropout), arch)
 
 
+def _read_config(file: Path) -> dict[str, Any]:
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{file}: cannot be read ({error}); copy the adapter again") from None
+    if not isinstance(config, dict):
+        raise UserError(f"{file}: holds a {type(config).__name__}, not an object; copy the adapter again")
+    return config
+
+
 def _peft_config(folder: Path) -> LoraConfig:
     file = folder / CONFIG
-    try:
-        config: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{file}: cannot be read ({error}); copy the adapter again") from None
+    config = _read_config(file)
     if config.get("peft_type") != "LORA":
         raise UserError(f"{file}: peft_type is {config.get('peft_type')!r}; only LORA adapters can be gone on with")
     for name, only in WITHOUT.items():
@@ -95,6 +101,8 @@ def _peft_config(folder: Path) -> LoraConfig:
         )
     targets: Any = config.get("target_modules")
     layers = config.get("layers_to_transform")
+    if not isinstance(targets, str) and not (isinstance(targets, list) and all(isinstance(name, str) for name in targets)):
+        raise UserError(f"{file}: target_modules is {targets!r}; save the adapter again with the names of its modules")
     try:
         return LoraConfig(
             r=int(config["r"]),
@@ -104,11 +112,11 @@ def _peft_config(folder: Path) -> LoraConfig:
             use_dora=bool(config.get("use_dora", False)),
             rank_pattern={k: int(v) for k, v in (config.get("rank_pattern") or {}).items()},
             alpha_pattern={k: float(v) for k, v in (config.get("alpha_pattern") or {}).items()},
-            layers_to_transform=None if layers is None else tuple([layers] if isinstance(layers, int) else layers),
+            layers_to_transform=None if layers is None else tuple(map(int, [layers] if isinstance(layers, int) else layers)),
             init="pissa" if init == "pissa" else "default",
             modules_to_save=tuple(sorted(config.get("modules_to_save") or ())),
         )
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
         raise UserError(f"{file}: {error} is missing or wrong; copy the adapter again") from None
 
 
@@ -126,7 +134,7 @@ def read_adapter(
         tensors = load_file(file)
     except OSError as error:
         raise UserError(f"{file}: cannot be read ({error}); save the adapter with peft as safetensors") from None
-    except SafetensorError as error:
+    except (SafetensorError, AttributeError, KeyError, TypeError, ValueError) as error:
         raise UserError(f"{file}: damaged safetensors file ({error}); copy the adapter again") from None
     tensors = {name: value.astype(np.float32) for name, value in tensors.items()}
     paths, arrays = module_paths(arch), {}
@@ -186,7 +194,7 @@ def _rows(folder: Path, tensors: dict[str, np.ndarray], codes: ItemCodes, row_id
     `tensors`.
     """
     found = {name: tensors.pop(name) for name in list(tensors) if name.endswith(DELTA)}
-    ids = json.loads((folder / CONFIG).read_text(encoding="utf-8")).get("trainable_token_indices") or {}
+    ids = _read_config(folder / CONFIG).get("trainable_token_indices") or {}
     if not found or not row_ids:
         return {}
     vocabulary = _vocabulary(folder) if codes.new_tokens else {}

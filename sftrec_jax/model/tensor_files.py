@@ -15,6 +15,8 @@ from sftrec_jax.model.gguf_file import GgufModel, read_gguf
 CHUNK_BYTES = 32 * 2**20
 """Read at once: a file's mapped pages count as memory of the process until it is closed, so it is opened again for each chunk."""
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+TYPES = ("F32", "F16", "BF16", "F64", "I64", "I32", "I16", "I8", "U64", "U32", "U16", "U8", "BOOL")
+"""Of stored tensors."""
 Slices = tuple[slice, ...]
 
 
@@ -37,6 +39,8 @@ class TensorSource:
 
         Raises: UserError for NaN and infinite values.
         """
+        if not out.size:
+            return
         first, *rest = part
         width = max(1, int(np.prod([s.stop - s.start for s in rest]))) * 4
         rows = max(1, CHUNK_BYTES // width)
@@ -64,9 +68,15 @@ def _files(folder: Path) -> list[str]:
     index = folder / "model.safetensors.index.json"
     if index.exists():
         try:
-            return sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError, TypeError):
+            files = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        except (ValueError, KeyError, AttributeError, TypeError, RecursionError):
             raise UserError(f"{index}: not a safetensors index (no weight_map); copy the model folder again") from None
+        for name in files:
+            if not isinstance(name, str) or not name.endswith(".safetensors") or Path(name).name != name or "\0" in name:
+                raise UserError(
+                    f"{index}: names {name!r}, which is no .safetensors file of this folder; copy the model folder again"
+                )
+        return files
     files = sorted(p.name for p in folder.glob("*.safetensors"))
     pickled = sorted(p.name for pattern in PICKLES for p in folder.glob(pattern))
     if not files and pickled:
@@ -85,12 +95,16 @@ def _safetensors_source(folder: Path) -> TensorSource:
     for name in _files(folder):
         try:
             with safe_open(folder / name, framework="numpy") as handle:
-                found = {key: tuple(handle.get_slice(key).get_shape()) for key in handle.keys()}  # noqa: SIM118  (no dict)
+                slices = {key: handle.get_slice(key) for key in handle.keys()}  # noqa: SIM118  (no dict)
+                found = {key: tuple(one.get_shape()) for key, one in slices.items()}
+                kinds = {key: one.get_dtype() for key, one in slices.items()}
         except OSError as error:
             raise UserError(f"{folder / name}: cannot be read ({error}); copy the model folder again") from None
         except Exception as error:  # safetensors raises its own SafetensorError, a plain Exception
             raise UserError(f"{folder / name}: damaged safetensors file ({error}); copy the model folder again") from None
         for key in found:
+            if kinds[key] not in TYPES:
+                raise UserError(f"{folder / name}: tensor {key} is stored as {kinds[key]}; use a model in {', '.join(TYPES[:4])}")
             if key in where:
                 raise UserError(f"{folder}: duplicate tensor {key} in {where[key]} and {name}; remove one of the files")
             where[key] = name

@@ -59,7 +59,7 @@ def run_seed(config: RunConfig, path: Path) -> dict[str, Any]:
     try:
         with new_run(path, config, resume=going_on, overwrite=False):
             begin = time.monotonic()
-            prepared = going_on and (folder.prepared / "item_codes.json").exists()
+            prepared = going_on and folder.whole.exists()
             session = sessions.open_session(path) if prepared else sessions.prepare(folder, config)
             codes = session.codes.codes
             check_distinct(len(codes) - len(np.unique(codes, axis=0)), path)

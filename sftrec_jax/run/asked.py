@@ -85,7 +85,7 @@ def in_shards(
     for number, rows in enumerate(_shards(users)):
         file = f"{name}-{number:05d}.npz"
         if parts is not None and parts.finished(file, "") is not None:
-            with np.load(parts.path(file)) as arrays:
+            with np.load(parts.path(file), allow_pickle=False) as arrays:
                 found.append({key: arrays[key] for key in arrays.files})
             report.passed(len(rows))
             continue

@@ -56,6 +56,11 @@ class RunFolder:
         return self.path / "prepared"
 
     @property
+    def whole(self) -> Path:
+        """The last file of `prepared`: without it preparing was stopped half-way, or found leaks."""
+        return self.path / "prepared" / "whole"
+
+    @property
     def replaced(self) -> Path:
         """`prepared` as it was, for the moment in which `add-items` puts another in its place."""
         return self.path / ".prepared.old"
@@ -97,20 +102,26 @@ class RunFolder:
 
 
 def holds_steps(folder: RunFolder, train: TrainConfig) -> bool:
-    """Whether a checkpoint is where the config says: Orbax renames a step's folder to its bare number when it is complete.
+    """Whether a checkpoint that was written to its end, which is when it has its manifest, is where the config says.
 
     Raises UserError where that place cannot be reached.
     """
-    own = folder.checkpoints.is_dir() and any(entry.name.isdigit() for entry in folder.checkpoints.iterdir())
+    own = _whole(folder.checkpoints)
     place = train.checkpoints
     if place is None:
         return own
     if is_remote(place):
         return own or bool(Store(place).steps())  # what is here is on its way there
     try:
-        return Path(place).is_dir() and any(entry.name.isdigit() for entry in Path(place).iterdir())
+        return _whole(Path(place))
     except OSError as error:
         raise UserError(f"{place}: cannot be read ({error.strerror}); name another folder as train.checkpoints") from None
+
+
+def _whole(checkpoints: Path) -> bool:
+    return checkpoints.is_dir() and any(
+        entry.name.isdigit() and (entry / "manifest.json").exists() for entry in checkpoints.iterdir()
+    )
 
 
 def write_text(path: Path, text: str) -> None:

@@ -211,7 +211,7 @@ def _header(path: Path) -> list[str]:
             return next(csv.reader(first), [])
         rows = [json.loads(line) for line in read_utf8(path).split(b"\n", 100)[:100] if line.strip()]
         return list(dict.fromkeys(key for row in rows for key in row)) if all(isinstance(row, dict) for row in rows) else []
-    except (PolarsError, OSError, csv.Error, ValueError):
+    except (PolarsError, OSError, csv.Error, ValueError, RecursionError):
         return []
 
 

@@ -34,7 +34,7 @@ from sftrec_jax.model.mesh import check_mesh, make_mesh, named
 from sftrec_jax.model.peft_read import adapter_folder
 from sftrec_jax.model.sharding import named_arrays, with_arrays
 from sftrec_jax.run.fill_profiles import fill_profiles
-from sftrec_jax.run.folder import RunFolder, holds_steps, open_folder
+from sftrec_jax.run.folder import RunFolder, holds_steps, open_folder, write_text
 from sftrec_jax.run.naming import name_items
 from sftrec_jax.run.places import open_checkpoints
 from sftrec_jax.run.summary import data_table, other_counts
@@ -230,6 +230,7 @@ def prepare(folder: RunFolder, config: RunConfig) -> Session:
     console.print(data_table(dataset.report, config.data), soft_wrap=False)
     for line in other_counts(dataset.report):
         console.print(f"  {line}", markup=False)
+    write_text(folder.whole, "prepared to the end\n")
     return session
 
 
@@ -238,7 +239,7 @@ def open_session(path: Path) -> Session:
     folder = open_folder(path)
     if folder.replaced.exists() and not folder.prepared.exists():
         folder.replaced.rename(folder.prepared)  # `add-items` was stopped between its two renames
-    if not (folder.prepared / "item_codes.json").exists():
+    if not folder.whole.exists():
         raise UserError(f"{path}: is not prepared; run `sftrec prepare CONFIG --out {path}`")
     return _open(folder, load_config(folder.config), Dataset.load(folder.prepared), ItemCodes.load(folder.prepared))
 

@@ -120,6 +120,8 @@ def _train(session: Session, checkpoints: Checkpoints, first: int | None, wrote:
         console.print(
             f"no target: {left:,} training items (the first of a history in prompt.format instruct; prompt.windows last)"
         )
+    if empty := plan.without_target:
+        console.print(f"no target token: {empty:,} examples, which are left out")
     console.print(
         f"batch: {t.accumulate} passes x {t.batch_rows} rows x {t.row_length} tokens = "
         f"{t.accumulate * t.batch_rows * t.row_length:,} positions a step; {plan.steps:,} steps, "

@@ -80,6 +80,10 @@ class BatchPlan:
     def __post_init__(self) -> None:
         if not len(self.examples):
             raise UserError("no training example is left; lower data.user_core or data.min_rating, or give more interactions")
+        if not self.examples.targets.any():
+            raise UserError(
+                f"none of the {len(self.examples):,} training examples has a target token; look at them with sftrec inspect"
+            )
 
     @functools.cached_property
     def parts(self) -> Packable:
@@ -115,15 +119,21 @@ class BatchPlan:
     @functools.lru_cache(maxsize=2)  # noqa: B019
     def _plan(self, targets_per_row: int, epoch: int) -> Plan:
         c, parts = self.config, self._parts(targets_per_row)
-        if not isinstance(parts, Mixture):
+        if not isinstance(parts, Mixture) and parts.targets.all():
             return plan_epoch(parts.lengths, parts.targets, c.row_length, targets_per_row, c.seed, epoch)
-        some = parts.chosen(c.seed, epoch)
+        some = parts.chosen(c.seed, epoch) if isinstance(parts, Mixture) else np.arange(len(parts))
+        some = some[parts.targets[some] > 0]  # the rest would teach nothing, and alone in a batch divide by zero
         made = plan_epoch(parts.lengths[some], parts.targets[some], c.row_length, targets_per_row, c.seed, epoch)
         return Plan(some[made.order], made.starts)
 
     def rows(self, epoch: int) -> Plan:
         """Rows (arrays of indices of `parts`) of an epoch."""
         return self._plan(self.targets_per_row, epoch)
+
+    @functools.cached_property
+    def without_target(self) -> int:
+        """Examples that never reach a step since they have no target token."""
+        return int((self.parts.targets == 0).sum())
 
     @property
     def rows_per_step(self) -> int:

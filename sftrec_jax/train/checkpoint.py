@@ -4,6 +4,8 @@ A step is written in the background, then read again for its manifest (`manifest
 any moment the newest whole step is on disk. Of several processes the first writes manifests and looks for damage.
 """
 
+import errno
+import os
 import shutil
 import threading
 from pathlib import Path
@@ -19,14 +21,27 @@ from sftrec_jax.distributed import decide, is_main
 from sftrec_jax.errors import UserError
 from sftrec_jax.train import manifest
 from sftrec_jax.train.manifest import Damaged, Manifest
+from sftrec_jax.train.orbax_noise import silence
 from sftrec_jax.train.step import TrainState
 from sftrec_jax.train.store import Store
 
 BEST_METRIC = "ndcg@10"
 ASIDE = "damaged"
 """Where damaged steps wait for somebody to look at them."""
+HALF = ".orbax-checkpoint-tmp"
+"""In the names of what Orbax has not written to the end, as a killed run leaves it."""
+PATIENCE = 10 * 365 * 86400
+"""Seconds for a save, which Orbax reckons by the clock of the wall: a jump of it is no failure."""
+LARGEST_FILE = 2 << 30
+"""Bytes after which Orbax begins another file."""
 FAILED_SAVES = 2
 """So many saves in a row may fail, such as on a full disk, before the run stops."""
+
+
+def _words(error: Exception) -> str:
+    """What a library says of a failure, in a line: of TensorStore's chains of reasons the last."""
+    said = " ".join(str(getattr(error, "strerror", None) or error).split())
+    return said if len(said) < 200 else f"{said[:60]} ... {said[-120:]}"
 
 
 def _named(state: TrainState) -> dict[str, Any]:
@@ -74,16 +89,25 @@ class Checkpoints:
             self.folder.mkdir(parents=True, exist_ok=True)
         self._keep, self._keep_every, self._writing = keep, keep_every, writing
         self.fingerprint = fingerprint or {}
-        self._manager = ocp.CheckpointManager(
-            self.folder,
-            item_handlers=ocp.PyTreeCheckpointHandler(),
-            options=ocp.CheckpointManagerOptions(create=writing, cleanup_tmp_directories=writing),
-        )
+        silence()
+        if writing and is_main() and self.folder.exists():
+            for path in self.folder.iterdir():
+                if HALF in path.name:
+                    path.rmtree() if path.is_dir() else path.unlink()
+        self._manager = self._open()
         self._scores: dict[int, float | None] = {}
         self._seal: threading.Thread | None = None
         self._failed: tuple[int, Exception] | None = None
         self._failures = 0
         self._read_scores()
+
+    def _open(self) -> ocp.CheckpointManager:
+        options = ocp.CheckpointManagerOptions(
+            create=self._writing,
+            # Folders made in the background are waited for by the clock of the wall, too.
+            async_options=ocp.AsyncOptions(timeout_secs=PATIENCE, create_directories_asynchronously=False),
+        )
+        return ocp.CheckpointManager(self.folder, item_handlers=ocp.PyTreeCheckpointHandler(), options=options)
 
     def _read_scores(self) -> None:
         def scores() -> list[list[Any]]:
@@ -232,14 +256,31 @@ class Checkpoints:
             return
         args: Any = ocp.args.PyTreeSave(_named(state))  # pyright: ignore[reportCallIssue]
         try:
+            if missing := decide("room", lambda: self._missing_room(sum(leaf.nbytes for leaf in jax.tree.leaves(state)))):
+                raise OSError(missing)
             self._manager.save(step, args=args, force=True)
-        except OSError as error:
+        except Exception as error:  # Orbax and TensorStore raise one kind for a full disk, another for a missing folder
             self._failed = step, error
             self._judge()
             return
         self._scores[step] = score
         self._seal = threading.Thread(target=self._sealed, args=(step,), daemon=True)
         self._seal.start()
+
+    def _missing_room(self, size: int) -> str:
+        """Why a step of so many bytes will not fit, or nothing: TensorStore fails in the middle of many writes, and noisily."""
+        if "://" in str(self.folder) or not hasattr(os, "posix_fallocate"):
+            return ""
+        probe = Path(self.folder) / f".room.{os.getpid()}"
+        try:
+            with probe.open("wb") as file:
+                os.posix_fallocate(file.fileno(), 0, max(1, min(size, LARGEST_FILE)))
+        except OSError as error:
+            # Some file systems cannot say.
+            return "" if error.errno in (errno.EINVAL, errno.EOPNOTSUPP) else f"{error.strerror}: {size:,} bytes"
+        finally:
+            probe.unlink(missing_ok=True)
+        return ""
 
     def _sealed(self, step: int) -> None:
         """Waits for the files of a step, then writes its manifest, and sends all to the store."""
@@ -253,13 +294,13 @@ class Checkpoints:
         except Exception as error:  # whatever it was is told in `finish`, by the thread that trains
             self._failed = step, error
 
-    def finish(self) -> None:
-        """Waits until what was saved is whole, and removes steps that need not be kept."""
+    def finish(self, last: bool = False) -> None:
+        """Waits until what was saved is whole, and removes steps that need not be kept. `last`: no failed save is forgiven."""
         if self._seal is None:
             return
         self._seal.join()
         self._seal = None
-        self._judge()
+        self._judge(last)
         # Steps that could not be sent have no score; they stay here until the next start.
         sent = [] if self._store is None else [step for step in self._manager.all_steps() if step in self._scores]
         for step in self._unwanted():
@@ -274,17 +315,18 @@ class Checkpoints:
         for step in sent:
             self._manager.delete(step)
 
-    def _judge(self) -> None:
+    def _judge(self, last: bool = False) -> None:
         """Says that a save failed, and raises UserError when too many have."""
         if self._failed is None:
             self._failures = 0
             return
         (step, error), self._failed = self._failed, None
         self._scores.pop(step, None)
+        self._manager = self._open()  # the old one would raise the same error again
         self._failures += 1
-        why = " ".join(str(getattr(error, "strerror", None) or error).split())[:300]
+        why = _words(error)
         said = f"{self.where}: the checkpoint of step {step} cannot be written ({why}); earlier ones are intact"
-        if self._failures >= FAILED_SAVES:
+        if last or self._failures >= FAILED_SAVES:
             raise UserError(f"{said}; free space or mend the folder, then go on with --resume") from None
         console.print(f"{said}; going on, and trying again with the next one", markup=False)
 

@@ -185,6 +185,11 @@ def train(
                     score(step, state)
                 noted = time.monotonic()
         checkpoints.finish()
+        if steps not in checkpoints.steps():  # its save failed; training went on, but now nothing comes after it
+            save(state)
+            checkpoints.finish(last=True)
+            score(steps, state)
+            checkpoints.finish(last=True)
         if stopping.agreed():
             raise Stopped
     return _result(checkpoints, state, time.monotonic() - begin, validating, totals)
