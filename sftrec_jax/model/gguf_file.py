@@ -112,7 +112,8 @@ def _read(path: Path, info: TensorInfo) -> np.ndarray:
         raise UserError(f"{path}: {info.name} is cut short; the file changed while it was read, fetch it again")
     rows = math.prod(info.shape[:-1])
     try:
-        value = dequantize(raw.reshape(rows, -1), info.type)
+        with np.errstate(all="ignore"):  # NaN and infinite values are refused where tensors are taken
+            value = dequantize(raw.reshape(rows, -1), info.type)
     except NotImplementedError:
         raise UserError(
             f"{path}: {info.name} is stored as {info.type.name}, which the gguf package cannot decode; use F16, Q8_0 or Q4_K"
