@@ -57,7 +57,7 @@ def _matches(value: Any, annotation: Any) -> bool:
     if annotation is type(None):
         return value is None
     if annotation is float:
-        return isinstance(value, int | float) and not isinstance(value, bool)
+        return isinstance(value, float) or (isinstance(value, int) and not isinstance(value, bool) and abs(value) < 1e300)
     if annotation is int:
         return isinstance(value, int) and not isinstance(value, bool)
     return isinstance(value, annotation)
@@ -147,14 +147,14 @@ def resolve_paths(config: RunConfig, folder: Path) -> RunConfig:
 def _resolved(value: str | None, folder: Path) -> str | None:
     if value is None:
         return None
-    if expand(value) != value:
-        path = Path(expand(value))
-        check_present(path)
-        return str(path.absolute())
     if value.startswith("tfds:") and not value.startswith(("tfds:.", "tfds:/")):
         return value
     scheme, rest = ("tfds:", value[5:]) if value.startswith("tfds:") else ("", value)
     try:
+        if expand(value) != value:
+            path = Path(expand(value))
+            check_present(path)
+            return str(path.absolute())
         if (folder / rest).exists() or rest.startswith(("./", "../")):
             return scheme + str((folder / rest).resolve())
     except (OSError, ValueError) as error:  # too long a name, or one with a zero byte

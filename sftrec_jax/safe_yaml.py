@@ -11,6 +11,9 @@ DEEPEST = 50
 MOST = 100_000
 """Values of a document, those that an alias (`*name`) repeats counted each time: a few lines of aliases can stand for 10^9."""
 
+BITS = 128
+"""Of a whole number."""
+
 
 class _Loader(yaml.SafeLoader):
     """PyYAML's safe loader, which counts."""
@@ -45,7 +48,10 @@ class _Loader(yaml.SafeLoader):
 
     def construct_object(self, node: Any, deep: bool = False) -> Any:
         try:
-            return super().construct_object(node, deep)
+            value = super().construct_object(node, deep)
+            if type(value) is int and value.bit_length() > BITS:
+                raise ValueError(f"a number of more than {BITS} bits")
+            return value
         except (ValueError, KeyError, AttributeError, TypeError) as error:  # such as the 99th of a month, or `!!int x`
             raise ConstructorError(None, None, f"not a value of its kind ({error})", node.start_mark) from None
 

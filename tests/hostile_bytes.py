@@ -259,7 +259,7 @@ def swap_lines(rng: random.Random, data: bytes) -> bytes:
 def many_lines(rng: random.Random, data: bytes) -> bytes:
     lines = data.split(b"\n")
     at = rng.randrange(len(lines))
-    lines[at : at + 1] = [lines[at]] * rng.choice([2, 2000])
+    lines[at : at + 1] = [lines[at]] * min(rng.choice([2, 2000]), (8 << 20) // (len(lines[at]) + 1) + 2)
     return b"\n".join(lines)
 
 

@@ -105,6 +105,7 @@ def test_yaml_is_bounded() -> None:
         ("a: 2001-99-99", "not a value of its kind"),
         ("a: !!int x", "not a value of its kind"),
         ("9" * 5000, "not a value of its kind"),
+        ("0x" + "f" * 5000, "more than 128 bits"),
     ):
         with pytest.raises(yaml.YAMLError, match=why):
             load_yaml(text)

@@ -44,7 +44,7 @@ def read_parquet(path: Path, columns: Sequence[Column]) -> Iterator[Table]:
             if row == 0:
                 empty = pa.RecordBatch.from_pylist([], schema=pa.schema([file.schema_arrow.field(name) for name in own]))
                 yield _table(path, empty, columns, more, 0)
-    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+    except (pa.ArrowException, OSError, UnicodeDecodeError, KeyError) as error:
         raise UserError(f"{path}: not a readable Parquet file ({_first_line(error)}); write or download it again") from None
 
 
@@ -108,7 +108,7 @@ def read_dataset_folder(folder: Path, columns: Sequence[Column]) -> Iterator[Tab
                 if row == 0 and name == files[-1]:
                     empty = pa.RecordBatch.from_pylist([], schema=pa.schema([reader.schema.field(name) for name in names]))
                     yield _table(folder, empty, columns, {}, 0)
-        except (pa.ArrowException, OSError, ValueError) as error:
+        except (pa.ArrowException, OSError, ValueError, KeyError) as error:
             raise UserError(f"{path}: not a readable Arrow file ({_first_line(error)}); save the data set again") from None
 
 

@@ -70,7 +70,8 @@ def read_gguf(path: str | Path) -> GgufModel:
     """
     path = Path(path)
     header = read_header(path)
-    config = _config(path, header)
+    with np.errstate(all="ignore"):  # numbers without sense are refused, or fit nothing
+        config = _config(path, header)
     shapes = _expected_shapes(config)
     missing = [_gguf_name(name) for name in shapes if _gguf_name(name) not in header.tensors]
     if missing:
@@ -112,7 +113,8 @@ def _read(path: Path, info: TensorInfo) -> np.ndarray:
         raise UserError(f"{path}: {info.name} is cut short; the file changed while it was read, fetch it again")
     rows = math.prod(info.shape[:-1])
     try:
-        value = dequantize(raw.reshape(rows, -1), info.type)
+        with np.errstate(all="ignore"):  # NaN and infinite values are refused where tensors are taken
+            value = dequantize(raw.reshape(rows, -1), info.type)
     except NotImplementedError:
         raise UserError(
             f"{path}: {info.name} is stored as {info.type.name}, which the gguf package cannot decode; use F16, Q8_0 or Q4_K"
@@ -225,6 +227,10 @@ def _rope_scaling(path: Path, header: GgufHeader, config: dict[str, Any]) -> dic
     info = header.tensors.get(_ROPE_FACTORS)
     if info is not None:
         return _llama3_scaling(path, _read(path, info), config)
+    if isinstance(factor, bool) or not isinstance(factor, int | float) or not (math.isfinite(factor) and factor > 0):
+        raise UserError(
+            f"{path}: GGUF metadata llama.rope.scaling.factor is {factor!r}, expected a positive number; fetch it again"
+        )
     if kind == "linear" or (kind == "none" and factor != 1.0):
         return {"rope_type": "linear", "factor": float(factor)}
     if kind != "none":
@@ -242,7 +248,7 @@ def _llama3_scaling(path: Path, factors: np.ndarray, config: dict[str, Any]) -> 
     turns = original / (2 * np.pi * config["rope_theta"] ** (dims / config["head_dim"]))  # full turns within `original`
     smooth = np.clip((turns - low) / (high - low), 0, 1)
     expected = 1 / ((1 - smooth) / factor + smooth)
-    if factors.shape != expected.shape or not np.allclose(factors, expected, rtol=1e-3):
+    if factors.shape != expected.shape or not math.isfinite(factor) or not np.allclose(factors, expected, rtol=1e-3):
         raise UserError(f"{path}: {_ROPE_FACTORS} does not match Llama 3's RoPE scaling; use the model's Hugging Face folder")
     return {
         "rope_type": "llama3",

@@ -16,6 +16,7 @@ from sftrec_jax.model.architecture import Activation, Architecture, RopeScaling
 QKV = ("q_proj", "k_proj", "v_proj")
 MLP = ("gate_proj", "up_proj", "down_proj")
 ACTIVATIONS: dict[str, Activation] = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
+MOST_LAYERS = 10_000
 SLIDING = "sliding_attention"
 
 
@@ -216,6 +217,10 @@ def parse_architecture(config: dict[str, Any], where: str) -> Architecture:
         raise UserError(f"{where}: hidden_act {act!r} is not supported; use a model with {', '.join(ACTIVATIONS)}")
     try:
         heads, hidden = int(config["num_attention_heads"]), int(config["hidden_size"])
+        if not 1 <= int(config["num_hidden_layers"]) <= MOST_LAYERS:
+            raise UserError(
+                f"{where}: num_hidden_layers is {config['num_hidden_layers']}; from 1 to {MOST_LAYERS:,} are supported"
+            )
         theta, scaling = _rope(config, where)
         context = int(config["max_position_embeddings"])
         more = family.more(config)
@@ -248,10 +253,11 @@ def parse_architecture(config: dict[str, Any], where: str) -> Architecture:
         raise UserError(
             f"{where}: a value is not what {family.hf_class} needs ({error}); copy the model's config.json again"
         ) from None
+    sizes = (architecture.heads, architecture.kv_heads, architecture.head_dim, architecture.vocab_size)
+    if min(sizes) < 1 or not math.isfinite(theta):
+        raise UserError(f"{where}: sizes must be positive; copy the model's config.json again")
     if architecture.heads % architecture.kv_heads:
         raise UserError(f"{where}: {heads} heads are not a multiple of {architecture.kv_heads} key-value heads")
-    if min(architecture.layers, architecture.head_dim, architecture.vocab_size) < 1 or not math.isfinite(theta):
-        raise UserError(f"{where}: sizes must be positive")
     for name in ("sliding", "unrotated"):
         if len(getattr(architecture, name)) not in (0, architecture.layers):
             raise UserError(
