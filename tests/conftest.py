@@ -4,12 +4,16 @@ Only where arrays of the device are handled: the other modules name types that t
 """
 
 import os
+import signal
 
 import pytest
 from jaxtyping import install_import_hook
 
 # The tests compile hundreds of small programs and run each a few times: unoptimised code halves their time. Before jax starts.
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0".strip()
+
+# What tests start inherits what is ignored here, as `nohup` leaves it.
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 MODEL = (
     "architecture", "attention", "decoder", "families", "kernel", "layers", "load", "lora", "merge", "rope", "sharding",

@@ -4,7 +4,6 @@ Each fault is a way to start `sftrec train RUN --resume`; also imported by `benc
 """
 
 import os
-import resource
 import shutil
 import subprocess
 import sys
@@ -12,7 +11,7 @@ from pathlib import Path
 
 from killing import environment, finished, start
 
-SMALL = 60_000
+SMALL = 58 * 1024
 """Bytes that a file may have on a full disk: less than a checkpoint needs, more than what else a run writes."""
 JUMPS = """
 import random, time
@@ -23,10 +22,10 @@ time.time = lambda: true() + draw.choice((-1, 0, 1)) * draw.uniform(0, 400 * 864
 
 def on_a_full_disk(run: Path, cache: Path) -> tuple[int, str]:
     """No file may grow beyond `SMALL`."""
-    command = [sys.executable, "-m", "sftrec_jax.cli", "train", str(run), "--resume"]
+    limited = ["bash", "-c", f'ulimit -f {SMALL // 1024}; exec "$@"', "bash"]
+    command = [*limited, sys.executable, "-m", "sftrec_jax.cli", "train", str(run), "--resume"]
     process = subprocess.Popen(
-        command, env=environment(cache), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (SMALL, SMALL)),
+        command, env=environment(cache), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
     )  # fmt: skip
     return finished(process)
 

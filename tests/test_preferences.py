@@ -81,7 +81,7 @@ def test_pairs_come_from_the_training_part_of_the_log() -> None:
     assert len({(row["user"], row["rejected_item"]) for row in rows}) == 3 * len(USERS)
 
 
-def test_validation_and_test_items_change_nothing(tmp_path: Path) -> None:
+def test_validation_and_test_items_change_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever users took later, the file is the same to the last byte: it can hold nothing of it."""
 
     def others(dataset: Dataset) -> dict[str, np.ndarray]:
@@ -92,6 +92,7 @@ def test_validation_and_test_items_change_nothing(tmp_path: Path) -> None:
         return {"items": items}
 
     run = changed(tmp_path, others)
+    monkeypatch.setattr("sftrec_jax.run.fingerprint.check_readable", lambda *_: None)  # such a change is refused
     assert write(run, tmp_path / "pairs.jsonl", "--negatives", "3", "--seed", "5") == three_each()
 
 

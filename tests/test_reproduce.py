@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from published_run import RUNS, SEEDS, inside, nested, project, record
 
+from sftrec_jax import stopping
 from sftrec_jax.cli import main
 from sftrec_jax.run import evaluation, stages
 
@@ -38,13 +39,13 @@ def test_an_interrupted_repetition_goes_on_and_is_within(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def stop(*_: Any, **__: Any) -> None:
-        raise KeyboardInterrupt
+        raise stopping.Stopped
 
     with monkeypatch.context() as patch:
         patch.setattr(evaluation, "evaluate_stage", stop)
         code, said = reproduced(capsys, "tiny", "--out", "again")
     first = project() / "again/tiny/seed-3"
-    assert code == 130 and "the same command goes on" in said
+    assert code == stopping.EXIT_CODE and "the same command goes on" in said
     assert (first / "checkpoints").exists() and not (first / "metrics.json").exists()
     trained = (first / "metrics.jsonl").read_text(encoding="utf-8")
     minutes = json.loads((first / "minutes.json").read_text(encoding="utf-8"))["minutes"]

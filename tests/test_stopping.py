@@ -98,8 +98,8 @@ def test_what_was_ignored_stays_ignored() -> None:
     """As `nohup` starts it."""
     text = "ready()\ntime.sleep(0.5)\nprint('done')\n"
     process = subprocess.Popen(
-        [sys.executable, "-c", BEGIN + text], stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)},
-        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN),
+        ["bash", "-c", 'trap "" HUP; exec "$@"', "bash", sys.executable, "-c", BEGIN + text], stdout=subprocess.PIPE, text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
     )  # fmt: skip
     assert process.stdout is not None and process.stdout.readline() == "ready\n"
     process.send_signal(signal.SIGHUP)
