@@ -73,6 +73,7 @@ def test_a_base_goes_on_with_examples_as_torch_does(tmp_path: Path, capsys: pyte
     assert dataset.report["users_with_taste_filled_in"] == filled and dataset.report["users_with_taste_left_empty"] == 20 - filled
 
 
+@pytest.mark.slow
 def test_a_run_fills_in_what_it_was_trained_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """One that learnt that every user's taste is the same begins so of those whose taste is not known."""
     teacher = tmp_path / "teacher"

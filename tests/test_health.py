@@ -163,6 +163,7 @@ def test_spikes_are_skipped_as_a_plain_rule_says() -> None:
     assert int(health["skipped"]) == found.count(False) >= 1
 
 
+@pytest.mark.slow
 def test_a_spike_is_skipped_in_training(parts: Parts, tmp_path: Path) -> None:
     """One of the later steps asks for items that nothing points to: its loss lies far above the others'."""
     config = dataclasses.replace(CONFIG, max_steps=TRUSTED + 6, accumulate=1, validate_every=100, skip_spikes=3.0, epochs=50.0)

@@ -100,6 +100,7 @@ def test_profiles_that_cannot_be(text: str, values: dict[str, str], error: str, 
     assert error in str(caught.value)
 
 
+@pytest.mark.slow
 def test_a_run_with_profiles_and_two_templates(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Age, occupation and free text (generated), from the table to the lists, in the templates of the repository."""
     write_inputs(tmp_path)

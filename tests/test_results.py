@@ -52,6 +52,7 @@ def targets(seed: int) -> dict[str, str]:
     return {users["user_id"][r["user"]]: items["item_id"][r["item"]] for r in last.to_dicts()}
 
 
+@pytest.mark.slow
 def test_published_numbers_counted_again_in_plain_python() -> None:
     values, frame = record(project()), lists(project())
     assert frame.schema == {"seed": pl.Int32, "user": pl.String, "rank": pl.Int32, "item_id": pl.String}

@@ -181,6 +181,7 @@ def test_a_task_whose_fields_the_data_lack(dataset: Dataset) -> None:
         Made(dataclasses.replace(dataset, text=empty), TasksConfig(text_to_item=1.0))
 
 
+@pytest.mark.slow
 def test_a_run_with_tasks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = "--train.max-steps 2 --train.epochs 1 --evaluate.users 3 --train.validate-users 3 --tasks.title-to-item 0.5"
     more = "--tasks.items-to-title 0.1 --tasks.sequential 0.5 --train.row-length 128 --train.batch-rows 4"

@@ -299,6 +299,7 @@ def test_words_are_written_greedily_as_torch_writes_them(made: Made) -> None:
     assert (written[:, -1] == -1).any()  # some text ends early
 
 
+@pytest.mark.slow
 def test_a_run_with_every_task(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """From the log to metrics of each task, held-out templates too."""
     config = write_reviews(tmp_path)
