@@ -118,11 +118,11 @@ class Trial:
 def kills(trial: Trial, wanted: int, draw: random.Random) -> None:
     """Chains of kills, each gone on with to the end."""
     names = list(moments(trial.whole, draw))
-    tries = same = 0
+    tries = same = asked = 0
     while trial.counts["kills"] < wanted:
         run, chain = trial.fresh(), 0
         while chain < 4 and trial.counts["kills"] < wanted:
-            name = names[trial.counts["kills"] % len(names)]
+            name, asked = names[asked % len(names)], asked + 1
             if not trial.kill_at(run, moments(run, draw)[name]):
                 break
             chain += 1

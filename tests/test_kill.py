@@ -28,13 +28,14 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_killed_at_any_moment_it_ends_where_it_would_have_ended(home: Path, tmp_path: Path) -> None:
     """While it compiles, steps, validates and saves, at an epoch's edge, whenever the clock says: up to four times a run."""
-    draw, kills, chains = random.Random(7), 0, 0
+    draw, kills, chains, tries = random.Random(7), 0, 0, 0
     names = list(moments(home / "whole", draw))
     while kills < KILLS:
         out = Path(shutil.copytree(home / "prepared", tmp_path / f"chain {chains}"))
         for _ in range(4):
             process = start("train", str(out), "--resume", cache=home / "cache")
-            when(process, moments(out, draw)[names[kills % len(names)]])
+            when(process, moments(out, draw)[names[tries % len(names)]])
+            tries += 1
             kill(process)
             status, said = finished(process)
             assert status in (0, -signal.SIGKILL), said[-2000:]
