@@ -7,6 +7,7 @@ Python runs a signal handler between two of its own instructions, so a compilati
 reads the signals from a pipe as they come; where all is saved and the program does not react within `GRACE` seconds, it ends it.
 """
 
+import atexit
 import ctypes
 import os
 import signal
@@ -135,11 +136,16 @@ def saving(saver: Callable[[], None]) -> Iterator[None]:
 
 
 def leave() -> int:
-    """The exit code, when all is saved: what comes now must not end the program with another one."""
+    """The exit code, when all is saved: what comes while the program ends must not end it with another one."""
     if _stop.installed:
-        for number in SIGNALS:
-            signal.signal(number, signal.SIG_IGN)
+        # At the very end and not now: whoever called `main` may go on, and what it starts would inherit what is ignored.
+        atexit.register(_ignore)
     return EXIT_CODE
+
+
+def _ignore() -> None:
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _handle(number: int, frame: FrameType | None) -> None:
