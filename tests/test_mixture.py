@@ -70,7 +70,7 @@ def test_loss_and_gradients_of_a_mixture_are_those_of_its_parts() -> None:
     loss, gradient = loss_and_gradient(parts, both)
     found = [loss_and_gradient(parts, batch) for batch in apart]
     np.testing.assert_allclose(loss, sum(value for value, _ in found), rtol=1e-5)
-    assert_close(gradient, {name: sum(g[name] for _, g in found) for name in gradient}, 1e-5)  # type: ignore[misc]
+    assert_close(gradient, {name: sum(g[name] for _, g in found) for name in gradient})  # type: ignore[misc]
     with pytest.raises(ValueError, match="more than its capacities"):
         mixture.pack([np.arange(len(mixture))], 72, 64)
 

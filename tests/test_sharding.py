@@ -55,8 +55,8 @@ def test_loss_gradients_and_parameters_equal_one_device(results: Results, mesh: 
     for step in ("step0/", "step1/"):
         for name, value in part(one, step).items():
             np.testing.assert_allclose(many[step + name], value, rtol=1e-5)
-    assert_close(part(many, "gradient/"), part(one, "gradient/"), 1e-5)
-    assert_close(part(many, "after/"), part(one, "after/"), 1e-5)
+    assert_close(part(many, "gradient/"), part(one, "gradient/"))
+    assert_close(part(many, "after/"), part(one, "after/"))
     before = part(one, "before/")
     assert all(np.abs(value - before[name]).max() > 1e-3 for name, value in part(one, "after/").items())
 
@@ -69,7 +69,7 @@ def test_shared_prompts_equal_one_device(results: Results, mesh: str) -> None:
         np.testing.assert_allclose(many[f"shared/{name}"], value, rtol=1e-5)
     gradient = {name: value for name, value in part(one, "shared gradient/").items() if np.abs(value).max() > 0}
     assert len(gradient) > 10
-    assert_close({name: part(many, "shared gradient/")[name] for name in gradient}, gradient, 1e-5)
+    assert_close({name: part(many, "shared gradient/")[name] for name in gradient}, gradient)
 
 
 @pytest.mark.slow
