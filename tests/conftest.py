@@ -6,6 +6,7 @@ Only where arrays of the device are handled: the other modules name types that t
 import os
 import signal
 from importlib.metadata import version
+from pathlib import Path
 
 import pytest
 from jaxtyping import install_import_hook
@@ -27,9 +28,19 @@ MODEL = (
 )  # fmt: skip
 CHECKED = ["sftrec_jax.train", "sftrec_jax.decode", *(f"sftrec_jax.model.{name}" for name in MODEL)]
 
+SLOW = frozenset((Path(__file__).parent / "slow.txt").read_text(encoding="utf-8").splitlines())
+
 install_import_hook(CHECKED, "beartype.beartype")
 
 
 def pytest_configure(config: pytest.Config) -> None:
     # flax 0.12 declares nnx.State with typing.Hashable, which beartype calls old; can go once flax writes collections.abc.
     config.addinivalue_line("filterwarnings", "ignore::beartype.roar.BeartypeDecorHintPep585DeprecationWarning")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Marks slow what slow.txt names: tests of more than about 4.5 s of a core where others say the same."""
+    for item in items:
+        if item.nodeid in SLOW:
+            item.add_marker(pytest.mark.slow)

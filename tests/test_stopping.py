@@ -11,12 +11,12 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 BEGIN = """
-import hashlib, sys, time
+import hashlib, sys, threading, time
 from sftrec_jax import stopping
 stopping.GRACE = 0.3
 stopping.install()
-def busy():  # does not come back to Python for long, as a compilation
-    print("busy", flush=True)
+def busy():  # does not come back to Python for long, as a compilation; says so from within
+    threading.Timer(0.3, lambda: print("busy", flush=True)).start()
     hashlib.pbkdf2_hmac("sha256", b"a", b"b", 400_000_000)
 def ready():
     print("ready", flush=True)

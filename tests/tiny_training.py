@@ -180,7 +180,7 @@ def start(
 
 
 ROUNDING = 5e-5
-"""Sums of float32 in another order: up to 1.2e-5 of the largest value seen, on one processor of several; a wrong mask makes 1e-3 and more."""
+"""Sums of float32 in another order: up to 1.2e-5 of the largest value on one of several processors; a wrong mask makes 1e-3."""
 
 
 def assert_close(ours: dict[str, Any], theirs: dict[str, Any], relative: float = ROUNDING) -> None:
