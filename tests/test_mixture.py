@@ -107,3 +107,9 @@ def test_a_pair_that_no_row_holds_names_the_task() -> None:
     pairs = Pairs.of([np.arange(50, dtype=np.int32)], [np.arange(3, dtype=np.int32)], "text_to_item")
     with pytest.raises(UserError, match=r"tasks.text_to_item: an example takes 52 tokens, more than train.row_length 40; raise"):
         BatchPlan(Mixture((pairs,), (1.0,)), TrainConfig(row_length=40)).rows(0)
+
+
+def test_weights_that_leave_an_epoch_empty_are_refused() -> None:
+    pairs = random_pairs(30, 1)[0]
+    with pytest.raises(UserError, match="tasks: an epoch takes none of 30 examples, so small are the weights; raise one"):
+        BatchPlan(Mixture((pairs,), (1e-7,)), TrainConfig(row_length=32)).batch(0)

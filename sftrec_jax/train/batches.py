@@ -123,6 +123,8 @@ class BatchPlan:
             return plan_epoch(parts.lengths, parts.targets, c.row_length, targets_per_row, c.seed, epoch)
         some = parts.chosen(c.seed, epoch) if isinstance(parts, Mixture) else np.arange(len(parts))
         some = some[parts.targets[some] > 0]  # the rest would teach nothing, and alone in a batch divide by zero
+        if not len(some):
+            raise UserError(f"tasks: an epoch takes none of {len(parts):,} examples, so small are the weights; raise one")
         made = plan_epoch(parts.lengths[some], parts.targets[some], c.row_length, targets_per_row, c.seed, epoch)
         return Plan(some[made.order], made.starts)
 
