@@ -14,7 +14,7 @@ from sftrec_jax import stopping
 from sftrec_jax.cli_parser import EXAMPLES, make_parser
 from sftrec_jax.console import lasting
 from sftrec_jax.distributed import agree, join, on_main, process_count, wanted
-from sftrec_jax.errors import LeakError, UserError
+from sftrec_jax.errors import LeakError, UserError, printable
 
 if TYPE_CHECKING:
     from sftrec_jax.run.session import Session
@@ -277,7 +277,7 @@ def _recommend(args: argparse.Namespace, extra: Sequence[str], argv: Sequence[st
                 continue
             if row["rank"] == 1:
                 print(row["user"])
-            print(f"{row['rank']:4d}  {row['score']:8.3f}  {row['title']}")
+            print(f"{row['rank']:4d}  {row['score']:8.3f}  {printable(row['title'])}")
 
 
 def _check_together(args: argparse.Namespace) -> None:

@@ -31,7 +31,7 @@ def configure(path: Path | None, extra: Sequence[str]) -> RunConfig:
 
 def overridden(base: RunConfig, extra: Sequence[str]) -> RunConfig:
     """`base` with options such as `--decode.beam 100` over it. Raises UserError for an unknown option or a wrong value."""
-    extra = _plain_mesh(extra)
+    extra = [_as_none(word) for word in _plain_mesh(extra)]
     _check_options(extra)
     said = io.StringIO()
     try:
@@ -40,6 +40,13 @@ def overridden(base: RunConfig, extra: Sequence[str]) -> RunConfig:
     except SystemExit:
         raise UserError(f"{_in_box(said.getvalue())}; --help-config lists every field") from None
     return _resolve_changed(base, config)
+
+
+def _as_none(word: str) -> str:
+    """`null`, as YAML and messages say it, as the command line's parser says it."""
+    if word == "null":
+        return "None"
+    return f"{word.removesuffix('null')}None" if word.startswith("--") and word.endswith("=null") else word
 
 
 def _plain_mesh(extra: Sequence[str]) -> list[str]:

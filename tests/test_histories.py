@@ -184,6 +184,17 @@ def test_filters_are_counted(tmp_path: Path) -> None:
     assert kept.item_ids.tolist() == list("vwxyz")
 
 
+def test_ratings_may_have_gaps_where_none_is_asked_for(tmp_path: Path) -> None:
+    log = tmp_path / "gaps.csv"
+    rows = [f"{user},{item},{n},{n if n % 3 else ''}" for user in "abc" for n, item in enumerate("xyzxyz")]
+    log.write_text("user_id,item_id,timestamp,stars\n" + "\n".join(rows) + "\n")
+    dataset = prepare_dataset(DataConfig(source=str(log), rating_column="stars"))
+    np.testing.assert_array_equal(dataset.ratings, np.tile([np.nan, 1, 2, np.nan, 4, 5], 3).astype(np.float32))
+    assert dataset.report["missing_ratings"] == 6
+    with pytest.raises(UserError, match="gaps.csv: row 2 has no rating, but data.min_rating is 2; give one"):
+        prepare_dataset(DataConfig(source=str(log), rating_column="stars", min_rating=2.0))
+
+
 @given(st.lists(st.integers(1, 9), min_size=1, max_size=8))
 def test_leave_one_out(lengths: list[int]) -> None:
     split = leave_one_out(np.array(lengths))

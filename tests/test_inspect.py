@@ -69,8 +69,26 @@ def test_a_config_is_shown_without_a_run(
     assert main(["inspect", str(QUICK), "--rows", "2", *words]) == 0
     said = capsys.readouterr().err
     assert "step 1, row 2 of" in said and "⟦" in said and "after" in said and "Items that the user took" in said
-    assert "task title_to_item: weight 0.5" in said and "distinct tokens of items" in said
+    assert (
+        "task title_to_item: an epoch takes 0.5 times" in said
+        and "(title_to_item)" in said
+        and "distinct tokens of items" in said
+    )
+    assert "<|item_1|> is Toy Story (1995)" in said
     assert not list(tmp_path.iterdir())
+
+
+def test_every_task_is_shown_and_named(capsys: pytest.CaptureFixture[str]) -> None:
+    """One row cannot hold an example of each of four tasks."""
+    words = ["--prompt.format", "instruct", "--prompt.history", "tokens", "--train.row-length", "256"]
+    words += ["--data.rating-column", "rating"]
+    tasks = ("title_to_item", "item_to_title", "direct", "rating")
+    for name in tasks:
+        words += [f"--tasks.{name.replace('_', '-')}", "0.1"]
+    assert main(["inspect", str(QUICK), *words, "--tasks.candidates", "3", "--tasks.targets-per-user", "1"]) == 0
+    said = capsys.readouterr().err
+    for name in ("sequential", *tasks):
+        assert f"] ({name}) " in said, name
 
 
 @pytest.mark.parametrize(

@@ -81,20 +81,29 @@ def _flat(parts: list[Any]) -> Iterator[str]:
             yield str(part)
 
 
-def ratings(table: Table) -> pl.Series:
-    """The ratings as float64 [rows]. UserError for one that is missing, no number, NaN or infinite."""
+def ratings(table: Table, least: float | None = None) -> pl.Series:
+    """The ratings as float64 [rows], NaN where there is none.
+
+    Raises: UserError for one that is no number, NaN or infinite, and for none where there is a `least`.
+    """
     raw = table.frame["rating"]
     if not (raw.dtype.is_numeric() or raw.dtype in (pl.String, pl.Boolean, pl.Null)):
         raise UserError(f"{table.where}: the rating column holds {raw.dtype}; name a column of numbers, or null")
     values = raw.cast(pl.Float64, strict=False)
-    bad = ~(values.abs() < LARGEST).fill_null(False)
+    none = raw.is_null() | (raw.str.strip_chars() == "" if raw.dtype == pl.String else False)
+    if least is not None and none.any():
+        raise UserError(
+            f"{table.where}: row {first_row(table, none)} has no rating, but data.min_rating is {least:g}; give one, "
+            "remove the row, or set data.min_rating: null"
+        )
+    bad = ~none & ~(values.abs() < LARGEST).fill_null(False)
     if bad.any():
         value = raw.filter(bad)[0]
         raise UserError(
             f"{table.where}: row {first_row(table, bad)} has the rating {value!r}; give a finite number, remove the row,"
             " or set data.rating_column: null"
         )
-    return values
+    return values.fill_null(float("nan"))
 
 
 LARGEST = 3e38

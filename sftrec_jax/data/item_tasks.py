@@ -13,7 +13,7 @@ from sftrec_jax.data.mixture import Pairs
 from sftrec_jax.data.prompts import prompt_builder
 from sftrec_jax.data.segments import Segments
 from sftrec_jax.data.task_words import TaskWords
-from sftrec_jax.data.templates import item_mark
+from sftrec_jax.data.templates import PromptTemplate, item_mark
 from sftrec_jax.errors import UserError
 from sftrec_jax.items.naming import title_codes
 
@@ -29,13 +29,9 @@ class ItemTasks:
 
     def pairs(self, name: str) -> tuple[Pairs, str]:
         """One example an item; and what was left out."""
+        field, values, templates = self._material(name)
         names_item = name.startswith("item_to")
-        field = name.removeprefix("item_to_") if names_item else name.removesuffix("_to_item")
-        values = self._values(name, field)
         some = [i for i, value in enumerate(values) if value.strip()]
-        if not some:
-            raise UserError(f"tasks.{name}: the catalogue says nothing of its items; name columns with data.text_columns")
-        templates = self.words.templates(name, ("item",) if names_item else (field,))
         said = [values[i] for i in some]
         answers = self.words.answers(said) if names_item else [self.words.item(i) for i in some]
         shown = [""] * len(some) if names_item else self.words.shortened(said)
@@ -47,12 +43,29 @@ class ItemTasks:
         left = len(values) - len(some)
         return Pairs.of(self.words.prompts(rendered), answers, name), f"{left:,} items lack it" if left else ""
 
-    def sequence(self, name: str) -> tuple[Segments, str]:
-        """A history in words and the next item in tokens, or the other way round."""
+    def check(self, name: str) -> None:
+        """UserError for fields that the data lack, and for templates that cannot be used."""
+        if name in PAIRS:
+            self._material(name)
+            return
         prompt = self.config.prompt
-        history = "titles" if name == "titles_to_item" else "tokens"
         if name == "titles_to_item" and prompt.format == "instruct" and prompt.history == "titles" and not prompt.templates:
             raise UserError("tasks.titles_to_item is what prompt.history: titles trains already; set one of the two otherwise")
+
+    def _material(self, name: str) -> tuple[str, list[str], list[PromptTemplate]]:
+        """The field that a task pairs with items, its value of each item, and the templates."""
+        names_item = name.startswith("item_to")
+        field = name.removeprefix("item_to_") if names_item else name.removesuffix("_to_item")
+        values = self._values(name, field)
+        if not any(value.strip() for value in values):
+            raise UserError(f"tasks.{name}: the catalogue says nothing of its items; name columns with data.text_columns")
+        return field, values, self.words.templates(name, ("item",) if names_item else (field,))
+
+    def sequence(self, name: str) -> tuple[Segments, str]:
+        """A history in words and the next item in tokens, or the other way round."""
+        self.check(name)
+        prompt = self.config.prompt
+        history = "titles" if name == "titles_to_item" else "tokens"
         suffix = "The next item:\n" if history == "titles" else "The title of the next item:\n"
         asked = dataclasses.replace(prompt, format="instruct", history=history, suffix=suffix, stride=1, templates=())
         codes, tokenizer = self.codes, self.words.tokenizer

@@ -126,7 +126,7 @@ class LogReader:
         if items is not None:
             self._lookup = pl.DataFrame({"item": items, "code": np.arange(items.len(), dtype=np.int32)})
         self._files: list[BinaryIO] = [tempfile.TemporaryFile() for _ in range(DIVISIONS)]
-        self.read = self.below_min_rating = self.missing_items = 0
+        self.read = self.below_min_rating = self.missing_items = self.missing_ratings = 0
         self._missed: set[str] = set()
         self._fractions = False
 
@@ -161,8 +161,9 @@ class LogReader:
             part["time"] = part["row"]
         low = np.zeros(len(part), bool)
         if self.rated:
-            values = ratings(table).to_numpy()
+            values = ratings(table, self.min_rating).to_numpy()
             part["rating"] = values
+            self.missing_ratings += int(np.isnan(values).sum())
             low = values < (-np.inf if self.min_rating is None else self.min_rating)
         part["user"], part["item"] = self.users.numbers(users), self._item_numbers(table, items)
         for name, texts in self.remarks.items():

@@ -100,6 +100,8 @@ class Mixture:
     parts: "tuple[Packable, ...]"
     weights: tuple[float, ...]
     """How often each example of a part is seen in an epoch, on average: 0.5 half of them, 2 each twice."""
+    names: tuple[str, ...] = ()
+    """What each part is called where it is shown."""
 
     def __len__(self) -> int:
         return sum(len(part) for part in self.parts)
@@ -136,7 +138,12 @@ class Mixture:
 
     def within(self, tokens: int, targets: int) -> "Mixture":
         """The same in parts that fit a row."""
-        return Mixture(tuple(part.within(tokens, targets) for part in self.parts), self.weights)
+        return Mixture(tuple(part.within(tokens, targets) for part in self.parts), self.weights, self.names)
+
+    @property
+    def edges(self) -> np.ndarray:
+        """int64 [parts + 1]: the number of each part's first example, and of all."""
+        return np.concatenate([[0], np.cumsum([len(part) for part in self.parts])]).astype(np.int64)
 
     def chosen(self, seed: int, epoch: int) -> np.ndarray:
         """int64: the examples of an epoch, a function of (seed, epoch). As often as the weight's whole part says, and a share
@@ -153,7 +160,7 @@ class Mixture:
 
     def pack(self, rows: list[np.ndarray], row_length: int, targets_per_row: int) -> PackedBatch:
         """The arrays of rows that hold the examples with these indices; in a row the parts stand one behind the other."""
-        edges = np.concatenate([[0], np.cumsum([len(part) for part in self.parts])])
+        edges = self.edges
         out = PackedBatch.empty(len(rows), row_length, targets_per_row)
         for number, part in enumerate(self.parts):
             own = [row[(row >= edges[number]) & (row < edges[number + 1])] - edges[number] for row in rows]

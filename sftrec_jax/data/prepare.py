@@ -97,6 +97,7 @@ def _from(reader: LogReader, config: DataConfig, ordered: bool, catalogue: Catal
         "items_not_in_catalogue": reader.distinct_missing,
         "interactions_of_items_not_in_catalogue": reader.missing_items,
         "below_min_rating": reader.below_min_rating,
+        "missing_ratings": reader.missing_ratings,
     }
     log, report["duplicates_dropped"] = reader.finish(catalogue.item_ids.to_list(), ranks, config.tie_seed)
     before, report["users_without_rows_left"] = len(log.items), int((log.counts == 0).sum())

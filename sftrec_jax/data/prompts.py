@@ -20,6 +20,9 @@ from sftrec_jax.items.codes import ItemCodes
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+SHOWN = 60
+"""Characters of a title in messages."""
+
 
 @dataclass(frozen=True, eq=False)
 class PromptBuilder:
@@ -173,10 +176,12 @@ class PromptBuilder:
         return frame
 
     def _too_long(self, item: int) -> UserError:
+        title = str(self.codes.titles[item])
+        shown = title if len(title) <= SHOWN else f"{title[:SHOWN]}..."
         return UserError(
-            f"item {str(self.codes.titles[item])!r} and the answer do not fit into the context of {self.context} tokens, the "
-            "smaller of the model's and train.row_length; raise that, shorten prompt.prefix, prompt.suffix or titles, or lower "
-            "items.max_title_tokens"
+            f"item {shown!r} (row {item} of prepared/catalogue.parquet, from 0), the words around it and the answer do not fit "
+            f"into the context of {self.context} tokens, the smaller of the model's and train.row_length; raise that, shorten "
+            "the title in the catalogue or the words of the prompt, or write histories in item tokens"
         )
 
 

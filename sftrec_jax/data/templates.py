@@ -29,13 +29,18 @@ def _parse(path: Path, environment: Sandbox) -> nodes.Template:
     try:
         if (size := path.stat().st_size) > LARGEST:
             raise UserError(f"{path}: a template of {size:,} bytes; write a prompt of less than {LARGEST:,}")
-        return environment.parse(path.read_text(encoding="utf-8"))
+        tree = environment.parse(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"{path}: the template cannot be read ({error.strerror})") from None
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: byte {error.start} is not UTF-8; save the template as UTF-8") from None
     except TemplateSyntaxError as error:
         raise UserError(f"{path}, line {error.lineno}: {error.message}") from None
+    for node in tree.find_all((nodes.Include, nodes.Import, nodes.FromImport, nodes.Extends)):
+        raise UserError(
+            f"{path}, line {node.lineno}: a template stands by itself; write here what it would take from another file"
+        )
+    return tree
 
 
 def field_name(column: str) -> str:

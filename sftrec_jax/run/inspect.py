@@ -12,8 +12,9 @@ from rich.text import Text
 
 from sftrec_jax.config import RunConfig
 from sftrec_jax.console import console
+from sftrec_jax.data.mixture import Mixture
 from sftrec_jax.data.segments import PackedBatch
-from sftrec_jax.errors import UserError
+from sftrec_jax.errors import UserError, printable
 from sftrec_jax.run.folder import RunFolder
 from sftrec_jax.run.session import Session, open_session, prepare
 from sftrec_jax.run.stages import training_segments, with_tasks
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 PROMPT, TARGET, MARK = "dim", "bold green", "cyan"
+ITEMS_SHOWN = 10
+"""Items whose tokens are put into words."""
 
 
 @dataclass(frozen=True)
@@ -56,21 +59,33 @@ def inspect_stage(where: Path | RunConfig, rows: int, step: int) -> None:
 def _show(session: Session, rows: int, step: int) -> None:
     prompts, sharing = training_segments(session)
     counts = session.prompts.counts.copy()
-    examples, tasks = with_tasks(session, prompts)
+    examples, said = with_tasks(session, prompts)
     plan = BatchPlan(examples, session.config.train)
     if step > plan.steps:
         raise UserError(f"--step {step}: the run has {plan.steps} steps; use 1 to {plan.steps}")
     batch = plan.batch(step - 1)
     flat = PackedBatch(**{name: value.reshape(-1, value.shape[-1]) for name, value in vars(batch).items()})
+    names = _Names(plan)
     console.print(Text.assemble(("prompt", PROMPT), "  ", ("⟦target: carries loss⟧", TARGET), "  ", ("segment, branch", MARK)))
+    shown: list[list[int]] = []
     for row in range(min(rows, len(flat.tokens))):
         used = int((flat.segments[row] > 0).sum())
         text = f"step {step}, row {row + 1} of {len(flat.tokens)}: {int(flat.segments[row].max())} segments, "
         console.print(f"{text}{used} of {flat.tokens.shape[1]} positions, {int(flat.weights[row].sum())} target tokens")
-        for line in _lines(list(pieces(flat, row)), session.tokenizer):
+        found = list(pieces(flat, row))
+        shown += [piece.ids for piece in found]
+        for line in _lines(found, session.tokenizer, names.of(plan.parts_of(step - 1)[row])):
             console.print(line)
+    for name, example in names.others():
+        console.print(f"an example of {name}, which is not among these rows:")
+        found = list(pieces(plan.parts.pack([np.asarray([example])], session.config.train.row_length, plan.targets_per_row), 0))
+        shown += [piece.ids for piece in found]
+        for line in _lines(found, session.tokenizer, [name]):
+            console.print(line)
+    for line in _item_words(session, shown):
+        console.print(line, markup=False, highlight=False)
     console.print(_counts(session, plan, counts, sharing))
-    for line in tasks:
+    for line in said:
         console.print(line)
 
 
@@ -126,7 +141,48 @@ def _runs(
         yield Piece(segment, branch, fork, target, ids)
 
 
-def _lines(found: list[Piece], tokenizer: "PreTrainedTokenizerFast") -> Iterator[Text]:
+class _Names:
+    """Which task each segment of a row is of; no name where there is one task alone."""
+
+    def __init__(self, plan: BatchPlan):
+        self._mixture = plan.parts if isinstance(plan.parts, Mixture) else None
+        self._seen: set[int] = set()
+
+    def of(self, examples: np.ndarray) -> list[str]:
+        """By segment of a row that holds these examples; in a row the parts of a mixture stand one behind the other."""
+        if self._mixture is None:
+            return []
+        parts = np.sort(np.searchsorted(self._mixture.edges, examples, "right") - 1).tolist()
+        self._seen |= set(parts)
+        return [self._mixture.names[part] for part in parts]
+
+    def others(self) -> Iterator[tuple[str, int]]:
+        """Parts of which no row was named so far, and an example of each."""
+        if self._mixture is not None:
+            for part, (name, weight) in enumerate(zip(self._mixture.names, self._mixture.weights, strict=True)):
+                if part not in self._seen and weight > 0 and len(self._mixture.parts[part]):
+                    yield name, int(self._mixture.edges[part])
+
+
+def _item_words(session: Session, shown: list[list[int]]) -> Iterator[str]:
+    """What the new tokens of the first few items say that stand among tokens."""
+    codes = session.codes
+    if not codes.new_tokens:
+        return
+    items = {tuple(row[row >= 0].tolist()): item for item, row in enumerate(codes.codes)}
+    first, lengths = {code[0] for code in items}, sorted(set(map(int, codes.lengths)))
+    found: dict[int, None] = {}
+    for ids in shown:
+        for at in range(len(ids)):
+            if ids[at] in first and len(found) < ITEMS_SHOWN:
+                found |= {items[code]: None for n in lengths if (code := tuple(ids[at : at + n])) in items}
+    for item in list(found)[:ITEMS_SHOWN]:
+        row = codes.codes[item]
+        name = session.tokenizer.decode(row[row >= 0].tolist(), skip_special_tokens=False)
+        yield f"  {name} is {printable(str(codes.titles[item]))}"
+
+
+def _lines(found: list[Piece], tokenizer: "PreTrainedTokenizerFast", tasks: list[str]) -> Iterator[Text]:
     at: tuple[int, int] | None = None
     line = Text()
     for piece in found:
@@ -138,6 +194,8 @@ def _lines(found: list[Piece], tokenizer: "PreTrainedTokenizerFast") -> Iterator
                 f"[{piece.segment}] " if piece.branch == 0 else f"  [{piece.segment}.{piece.branch} after {piece.fork} tokens] "
             )
             line = Text(name, style=MARK)
+            if piece.branch == 0 and tasks:
+                line.append(f"({tasks[piece.segment - 1]}) ")
         text = str(tokenizer.decode(piece.ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
         line.append(f"⟦{text}⟧" if piece.target else text, style=TARGET if piece.target else PROMPT)
     if at is not None:
@@ -150,7 +208,7 @@ def _counts(session: Session, plan: BatchPlan, counts: dict[str, int], sharing: 
     lengths = session.codes.lengths
     used = np.unique(session.codes.codes[session.codes.codes >= 0])
     values = {
-        "rows, steps": f"{len(rows):,}, {plan.steps:,}",
+        "rows, rows of all steps": f"{len(rows):,}, {plan.steps * plan.rows_per_step:,} in {plan.steps:,} steps",
         "positions used": f"{plan.efficiency():.1%}",
         "segments a row": f"{len(rows.order) / len(rows):.2f}",
         "targets": f"{int(plan.parts.target_items[rows.order].sum()):,} ({int(plan.targets[rows.order].sum()):,} tokens)",

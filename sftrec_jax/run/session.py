@@ -3,6 +3,8 @@
 import dataclasses
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,7 +20,7 @@ from sftrec_jax.console import console
 from sftrec_jax.data.dataset import Dataset
 from sftrec_jax.data.prepare import prepare_dataset
 from sftrec_jax.data.prompts import PromptBuilder, prompt_builder
-from sftrec_jax.data.tasks import wanted_tasks
+from sftrec_jax.data.tasks import check_tasks, wanted_tasks
 from sftrec_jax.data.user_tasks import IN_WORDS, KINDS
 from sftrec_jax.decode.recommender import Recommender
 from sftrec_jax.errors import UserError
@@ -192,6 +194,20 @@ def _with_own_templates(folder: RunFolder, config: RunConfig) -> RunConfig:
     return dataclasses.replace(config, prompt=prompt, tasks=tasks)
 
 
+@contextmanager
+def _templates_as_given(folder: RunFolder, config: RunConfig) -> Iterator[None]:
+    """Errors name the user's templates, and not their copies in the run's folder."""
+    try:
+        yield
+    except UserError as error:
+        text, own = str(error), folder.prepared / "templates"
+        for number, template in enumerate(config.prompt.templates):
+            text = text.replace(str(own / f"{number}_{Path(template).name}"), template)
+        if config.tasks.templates is not None:
+            text = text.replace(str(own / "tasks"), config.tasks.templates.rstrip("/"))
+        raise (error if text == str(error) else type(error)(text)) from None
+
+
 def prepare(folder: RunFolder, config: RunConfig) -> Session:
     """Reads the log and the catalogue, splits, names the items; writes `prepared/`. LeakError for what `check_leaks` finds."""
     from sftrec_jax.run.lint import check_leaks, record_fit  # which imports this file
@@ -201,9 +217,11 @@ def prepare(folder: RunFolder, config: RunConfig) -> Session:
     if config.profile.filler is not None:
         dataset = fill_profiles(config, dataset)
     dataset.save(folder.prepared)
-    session = _open(folder, config, dataset, None)
-    for template in config.evaluate.templates:  # an error now and not after training
-        prompt_builder(config.prompt, session.codes, session.tokenizer, session.prompts.context, dataset, template)
+    with _templates_as_given(folder, config):  # an error now and not after training
+        session = _open(folder, config, dataset, None)
+        for template in config.evaluate.templates:
+            prompt_builder(config.prompt, session.codes, session.tokenizer, session.prompts.context, dataset, template)
+        check_tasks(session.config, dataset, session.codes, session.tokenizer, session.prompts.context)
     if any(KINDS[name].answer in IN_WORDS for name in wanted_tasks(config.tasks) if name in KINDS):
         check_installed()
     record_fit(dataset, folder.prepared)

@@ -182,10 +182,12 @@ def with_tasks(session: Session, prompts: list[Segments]) -> tuple[Packable, lis
     if len(prompts) > 1:
         said.append(f"templates: {len(prompts)}, of which an epoch draws each for 1 in {len(prompts)} of its prompts")
     for task, part in zip(tasks, parts, strict=True):
-        sizes = f"{int(part.target_items.sum()):,} examples, {int(part.lengths.sum()):,} tokens"
-        line = f"task {task.name}: weight {task.weight:g}, {sizes}"
+        sizes = f"{int(part.target_items.sum()):,} examples with {int(part.lengths.sum()):,} tokens"
+        line = f"task {task.name}: an epoch takes {task.weight:g} times {sizes}"
         said.append(line + (f"; {task.left_out}" if task.left_out else ""))
-    return Mixture((*prompts, *parts), (*[of_each] * len(prompts), *(t.weight for t in tasks))), said
+    called = ["sequential"] if len(prompts) == 1 else [f"sequential, {Path(t).name[2:]}" for t in config.prompt.templates]
+    weights = (*[of_each] * len(prompts), *(t.weight for t in tasks))
+    return Mixture((*prompts, *parts), weights, (*called, *(t.name for t in tasks))), said
 
 
 def _shares(config: RunConfig) -> bool:

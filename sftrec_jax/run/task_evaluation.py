@@ -44,7 +44,10 @@ def evaluate_tasks(session: Session, decode: Recommender) -> tuple[dict[str, Any
 
 
 def _shown(values: dict[str, Any]) -> str:
-    numbers = ", ".join(f"{key.replace('_', ' ')} {value:.4g}" for key, value in values.items() if key != "questions")
+    shown = {
+        key: f"{value:.1%}" if key == "unreadable" else f"{value:.4g}" for key, value in values.items() if key != "questions"
+    }
+    numbers = ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in shown.items())
     return f"{values['questions']:,} questions: {numbers}"
 
 
@@ -76,10 +79,11 @@ def _evaluate(
 def _ratings(session: Session, asked: Sequence[Asked], written: list[str], ratings: np.ndarray) -> dict[str, float]:
     data = session.dataset
     assert data.ratings is not None
-    trained = data.ratings[data.trains]
+    trained = data.ratings[data.trains & ~np.isnan(data.ratings)]
     means = []
     for one in asked:
         own = data.ratings[data.offsets[one.user] : data.offsets[one.user] + data.train_end[one.user]]
+        own = own[~np.isnan(own)]
         means.append(float(own.mean()) if len(own) else float(trained.mean()))
     usual = np.asarray(means)
     low, high = float(trained.min()), float(trained.max())

@@ -155,11 +155,14 @@ def train(
             done = step - 1
             stop = stopping.agreed()
             switch = step == rows_until + 1 and done > begun  # compiles, for minutes perhaps
-            if stop or requests.save(done) or switch:
+            asked_for = not stop and requests.save(done)
+            if stop or asked_for or switch:
                 if pending:
                     noted, pending = note(*pending, noted, progress), None
                 if done > begun:
                     save(state)
+                    if asked_for:
+                        console.print(f"step {done}: saved, as asked by a file or by train.save_minutes")
             if stop:
                 checkpoints.finish()
                 console.print(
