@@ -132,7 +132,7 @@ def test_stream_windows_shrink_to_the_context(history, context) -> None:
 def test_cold_user_and_too_small_context() -> None:
     builder, _, tokenizer = make(PromptConfig("stream"))
     assert builder.prompt(as_array([])).tolist() == [tokenizer.bos_token_id] and builder.examples(as_array([])) == []
-    with pytest.raises(UserError, match="'War of the Worlds .2005.' and the answer do not fit into the context of 9 tokens"):
+    with pytest.raises(UserError, match="'War of the Worlds .2005.' .row 2 of .*do not fit into the context of 9 tokens"):
         make(PromptConfig("stream"), "title", 9)[0].examples(as_array([2]))
     with pytest.raises(UserError, match="without any item and the answer take .* shorten prompt.prefix"):
         make(PromptConfig("instruct"), context=10)[0].prompt(as_array([]))

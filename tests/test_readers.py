@@ -177,7 +177,7 @@ GOOD = ("1,a,1,1", "1,b,2,2", "2,a,3,3")
         (GOOD, {"time_column": "TIMESTAMPS"}, ["nearest: 'timestamp'", "null"]),
         ((), {}, ["no interactions"]),
         (("1,a,1,1", "1,b,2,2"), {}, ["only one user", "'1'"]),
-        ((*GOOD, "2,b,4,"), {}, ["row 5", "None"]),
+        ((*GOOD, "2,b,4,"), {"min_rating": 1.0}, ["row 5", "no rating", "data.min_rating"]),
         ((*GOOD, "2,b,4,NaN"), {}, ["row 5", "'NaN'"]),
         (("2,b,4,-inf", *GOOD), {}, ["row 2", "'-inf'"]),
         ((*GOOD, "2,b,4,good"), {}, ["row 5", "'good'"]),
