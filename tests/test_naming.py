@@ -37,7 +37,7 @@ def distinct(codes: ItemCodes) -> int:
 
 
 SHAPES = {
-    "rqkmeans extra": 3, "rqvae extra": 3, "opq extra": 3,
+    "rqkmeans item": 3, "rqkmeans extra": 3, "rqvae extra": 3, "opq extra": 3,
     "pq nearest": 2, "rqkmeans nearest": 2, "rqvae nearest": 2, "rqvae lists": 2,
 }  # fmt: skip
 
@@ -58,7 +58,9 @@ def test_semantic_ids(tmp_path: Path, case: str) -> None:
         assert distinct(codes) == 30 and report["moved_to_a_free_code"] == 30 - report["distinct"]
     else:
         assert len(first_two) == report["distinct"]
-        assert distinct(codes) == (30 if collisions == "extra" else report["distinct"])
+        assert distinct(codes) == (30 if collisions in ("extra", "item") else report["distinct"])
+    if collisions == "item":
+        assert len(set(codes.codes[:, 2].tolist())) == 30
     rows = np.load(out / "prepared" / "item_vectors.npy")
     assert len(rows) == len(codes.new_tokens)
     main(["export", str(out), "--to", str(tmp_path / "out.json"), "--format", "index", "--overwrite"])

@@ -61,7 +61,7 @@ def lower_step(config: RunConfig, build: Build, mesh: Mesh, assumed: Assumed) ->
     optimizer = make_optimizer(train, 1000)
     state = abstract_state(_abstract(trained, mesh, None), optimizer, mesh)
     template = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), trained)
-    dropout = train.seed if config.lora.dropout > 0 else None
+    dropout = train.seed if config.drops else None
     step = make_train_step(graphdef, template, optimizer, dropout, state)
     shardings = vars(batch_shardings(mesh))
     sizes = {name: train.row_length for name in shardings} | dict.fromkeys(
@@ -91,10 +91,14 @@ def assumed_codes(config: RunConfig, build: Build, items: int) -> np.ndarray:
         return rng.integers(0, vocab, (items, WORDS), np.int32)
     semantic = config.semantic
     levels = semantic.levels + (semantic.collisions == "extra")
-    if items > semantic.codes**levels:
+    own = semantic.collisions == "item"
+    if not own and items > semantic.codes**levels:
         raise UserError(f"{items:,} items need more than {levels} levels of {semantic.codes} codes; raise semantic.codes")
     codes = rng.integers(0, semantic.codes, (items, levels), np.int32)
-    return codes + vocab + np.arange(levels, dtype=np.int32) * semantic.codes
+    codes = codes + vocab + np.arange(levels, dtype=np.int32) * semantic.codes
+    if own:
+        codes = np.concatenate([codes, vocab + levels * semantic.codes + np.arange(items, dtype=np.int32)[:, None]], axis=1)
+    return codes
 
 
 def lower_search(config: RunConfig, build: Build, mesh: Mesh, assumed: Assumed) -> Any:

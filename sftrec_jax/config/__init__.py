@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 
+from sftrec_jax.config.check import require
 from sftrec_jax.config.data import DataConfig, ProfileConfig
 from sftrec_jax.config.decode import DecodeConfig, EvaluateConfig
 from sftrec_jax.config.items import EmbeddingConfig, ItemsConfig, SemanticConfig
@@ -44,3 +45,20 @@ class RunConfig:
     mesh: MeshConfig = field(default_factory=MeshConfig)
     decode: DecodeConfig = field(default_factory=DecodeConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+
+    def __post_init__(self) -> None:
+        require(
+            self.train.normaliser == "full" or self.decode.normaliser in ("level", "children"),
+            f"train.normaliser is {self.train.normaliser}, which leaves other probabilities untrained, but decode.normaliser is "
+            f"{self.decode.normaliser}; set decode.normaliser: level",
+        )
+        require(
+            self.train.normaliser == "full"
+            or not any(vars(self.tasks)[n] for n in ("item_to_title", "item_to_text", "items_to_title")),
+            "train.normaliser is level, which trains item tokens alone, but tasks answer in words; set it to full",
+        )
+
+    @property
+    def drops(self) -> bool:
+        """Whether steps draw dropout noise."""
+        return self.train.dropout > 0 or (self.lora.dropout > 0 and self.train.method == "lora")

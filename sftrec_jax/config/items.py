@@ -105,8 +105,9 @@ class SemanticConfig:
     """Codes a level (K)."""
     balanced: bool = False
     """Codes are used evenly: on every level (`rqkmeans`), on the last one by Sinkhorn (`rqvae`, LC-Rec)."""
-    collisions: Literal["extra", "nearest", "lists"] = "extra"
-    """Items with equal codes: one more level that counts them (TIGER), the nearest free code (LC-Rec, MiniOneRec), or shared."""
+    collisions: Literal["extra", "item", "nearest", "lists"] = "extra"
+    """Items with equal codes: one more level that counts them (TIGER), or that has a token of each item's own (as the last one of
+    `cid`), the nearest free code (LC-Rec, MiniOneRec), or shared."""
     latent: int = 32
     """`rqvae`: dimensions of the space that is quantised."""
     hidden: tuple[int, ...] = (512, 256)

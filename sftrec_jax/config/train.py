@@ -45,6 +45,12 @@ class TrainConfig:
     """AdamW."""
     beta2: float = 0.999
     """AdamW."""
+    normaliser: Literal["full", "level"] = "full"
+    """What probabilities of targets are taken over: all tokens, or (where items are as many new tokens each) those of the
+    target's place in its item; the latter costs less and goes with `decode.normaliser: level`."""
+    dropout: float = 0.0
+    """Share of the values of token embeddings and of each sublayer's output that a step leaves out (Vaswani et al. 2017); for
+    small models from scratch, which see their examples many times."""
     clip_norm: float = 1.0
     """Gradients are scaled down to this global norm; 0: never."""
     validate_every: int | None = None
@@ -104,6 +110,7 @@ class TrainConfig:
             spikes is None or (spikes > 0 and math.isfinite(spikes)),
             f"train.skip_spikes is {spikes}; use a positive number such as 6, or null",
         )
+        require(0 <= self.dropout < 1, f"train.dropout is {self.dropout}; use a share in [0, 1)")
         ratio = self.loraplus_lr_ratio
         require(
             ratio is None or (ratio >= 1 and math.isfinite(ratio)), f"train.loraplus_lr_ratio is {ratio}; use 1 or more, or null"

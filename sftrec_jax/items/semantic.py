@@ -50,6 +50,9 @@ def semantic_ids(
     if config.collisions == "extra":
         levels = resolve_extra(raw, item_ids)
         return SemanticIds(quantiser, levels, int(levels[:, -1].max()) + 1, report, 0)
+    if config.collisions == "item":
+        levels = np.concatenate([raw.astype(np.int32), np.arange(len(raw), dtype=np.int32)[:, None]], axis=1)
+        return SemanticIds(quantiser, levels, len(raw), report, 0)
     if config.collisions == "nearest":
         levels, moved = resolve_nearest(raw, quantiser, vectors, item_ids)
         return SemanticIds(quantiser, levels, 0, report, moved)

@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Int
 
 from sftrec_jax.model.adapters import AdapterSpec
 from sftrec_jax.model.architecture import Architecture
-from sftrec_jax.model.layers import Attend, Layers, RMSNorm
+from sftrec_jax.model.layers import Attend, Layers, RMSNorm, dropped
 from sftrec_jax.model.packed_attention import packed_attention
 from sftrec_jax.model.quantised import Quantisation
 from sftrec_jax.model.rope import all_tables
@@ -40,11 +40,14 @@ class Decoder(nnx.Module):
         key: Array,
         mesh: Mesh | None = None,
         quantise: Quantisation | None = None,
+        dropout: float = 0.0,
+        levels: tuple[tuple[int, int], ...] = (),
     ):
         table_key, layers_key, head_key = jax.random.split(key, 3)
-        self.arch, self.dtype, self.remat, self.mesh = arch, jnp.dtype(dtype), remat, mesh
+        self.arch, self.dtype, self.remat, self.mesh, self.dropout = arch, jnp.dtype(dtype), remat, mesh, dropout
+        self.levels = levels
         self.embed_tokens = TokenTable(arch.vocab_size, arch.hidden_size, row_ids, table_key, arch.final_softcap)
-        self.layers = Layers(arch, adapters, layers_key, quantise)
+        self.layers = Layers(arch, adapters, layers_key, quantise, dropout)
         self.norm = RMSNorm((arch.hidden_size,), arch.rms_eps, arch.unit_norms)
         if not arch.tied:
             self.lm_head = TokenTable(arch.vocab_size, arch.hidden_size, row_ids, head_key, arch.final_softcap)
@@ -60,13 +63,16 @@ class Decoder(nnx.Module):
     ) -> tuple[Float[Array, "B T D"], Any]:
         """Final hidden states, and what `attend` returned as cache in each layer (stacked on a leading layer axis).
 
-        `caches` is a pytree with a leading layer axis, or None. `dropout_key` switches adapter dropout on.
+        `caches` is a pytree with a leading layer axis, or None. `dropout_key` switches dropout on.
         `divided`: what axis 0 is, and how the states lie over the mesh between layers; None: as XLA likes.
         """
         x = self._embedded(tokens)
         rope_of, which, windows = self._by_layer(positions)
         graphdef, state = nnx.split(self.layers)
-        keys = None if dropout_key is None else jax.random.split(dropout_key, self.arch.layers)
+        keys = None
+        if dropout_key is not None:
+            keys = jax.random.split(dropout_key, self.arch.layers)
+            x = dropped(x, self.dropout, jax.random.fold_in(dropout_key, self.arch.layers))
 
         def body(x: Array, scanned: tuple[Any, ...]) -> tuple[Array, Any]:
             layer_state, cache, key, kind, window = scanned

@@ -39,7 +39,15 @@ class RMSNorm(nnx.Module):
 class Layers(nnx.Module):
     """All decoder layers, their parameters stacked on a leading layer axis; `__call__` is one layer on a slice."""
 
-    def __init__(self, arch: Architecture, adapters: AdapterSpec | None, key: Array, quantise: Quantisation | None = None):
+    def __init__(
+        self,
+        arch: Architecture,
+        adapters: AdapterSpec | None,
+        key: Array,
+        quantise: Quantisation | None = None,
+        dropout: float = 0.0,
+    ):
+        self.dropout = dropout
         keys = iter(jax.random.split(key, len(PROJECTIONS)))
         n, d, f = arch.layers, arch.hidden_size, arch.ffw_size
         wide, narrow = arch.heads * arch.head_dim, arch.kv_heads * arch.head_dim
@@ -79,6 +87,7 @@ class Layers(nnx.Module):
         arch = self.arch
         b, t, _ = x.shape
         keys = [None] * 7 if dropout_key is None else list(jax.random.split(dropout_key, 7))
+        mixing, feeding = (None if dropout_key is None else jax.random.fold_in(dropout_key, i) for i in (7, 8))
         h = self.input_norm(x)
         key = self.k_proj(h, keys[1]).reshape(b, t, arch.kv_heads, arch.head_dim)
         value = self.v_proj(h, keys[2]).reshape(b, t, arch.kv_heads, arch.head_dim)
@@ -92,9 +101,16 @@ class Layers(nnx.Module):
             query = query * jnp.asarray(arch.query_scale * arch.head_dim**0.5, query.dtype)  # attention divides by the root
         mixed, cache = attend(query, key, value, cache, window)
         out = self.o_proj(mixed.reshape(b, t, -1), keys[3])
-        x = x + (self.attention_out_norm(out) if arch.norms_after else out)
+        x = x + dropped(self.attention_out_norm(out) if arch.norms_after else out, self.dropout, mixing)
         h = self.post_norm(x)
         gate = self.gate_proj(h, keys[4])
         gate = jax.nn.silu(gate) if arch.activation == "silu" else jax.nn.gelu(gate, approximate=True)
         out = self.down_proj(gate * self.up_proj(h, keys[5]), keys[6])
-        return x + (self.ffw_out_norm(out) if arch.norms_after else out), cache
+        return x + dropped(self.ffw_out_norm(out) if arch.norms_after else out, self.dropout, feeding), cache
+
+
+def dropped(x: Float[Array, "B T D"], share: float, key: Array | None) -> Float[Array, "B T D"]:
+    """`x` with a share of its values set to 0 and the rest scaled up; as it is without a key, or for a share of 0."""
+    if key is None or not share:
+        return x
+    return jnp.where(jax.random.bernoulli(key, 1.0 - share, x.shape), x / (1.0 - share), 0).astype(x.dtype)

@@ -63,10 +63,15 @@ class Build:
     quantise: Quantisation | None = None
     whole: tuple[str, ...] = ()
     """Paths of base parameters that are trained, beside what the method trains; kept in float32."""
+    dropout: float = 0.0
+    levels: tuple[tuple[int, int], ...] = ()
+    """Of each place of an item's tokens the trainable rows that stand there, where targets are normalised over these alone."""
 
     def decoder(self, key: jax.Array, mesh: Mesh | None = None) -> Decoder:
         """A randomly initialised decoder for a mesh (trace it with `nnx.eval_shape` for shapes only)."""
-        return Decoder(self.arch, self.adapters, self.row_ids, self.dtype, self.remat, key, mesh, self.quantise)
+        return Decoder(
+            self.arch, self.adapters, self.row_ids, self.dtype, self.remat, key, mesh, self.quantise, self.dropout, self.levels
+        )
 
 
 def make_build(
@@ -96,7 +101,26 @@ def make_build(
         whole = saved_paths(modules_to_save(lora), arch)
     more = _more_rows(lora, arch, codes) if train.method == "lora" else ()
     rows = (*(int(i) for i in codes.new_token_ids), *more)
-    return Build(arch, adapters, rows, dtype, frozen, remat, quantise, whole)
+    levels = level_rows(codes) if train.normaliser == "level" else ()
+    return Build(arch, adapters, rows, dtype, frozen, remat, quantise, whole, train.dropout, levels)
+
+
+def level_rows(codes: ItemCodes) -> tuple[tuple[int, int], ...]:
+    """(begin, end) among the new tokens of those that stand at each place of the items' codes.
+
+    Raises: UserError where items have tokens of the base, are of different lengths, or use one token at two places.
+    """
+    at = np.searchsorted(codes.new_token_ids, codes.codes)
+    inside = np.minimum(at, max(len(codes.new_token_ids) - 1, 0))
+    if not codes.new_tokens or (codes.new_token_ids[inside] != codes.codes).any():
+        raise UserError(
+            "train.normaliser is level, but items are not of the same number of new tokens each; use items.tokenizer atomic or "
+            "semantic ids of one length, or train.normaliser: full"
+        )
+    edges = [(int(place.min()), int(place.max()) + 1) for place in at.T]
+    if any(end > begin for (_, end), (begin, _) in zip(edges, edges[1:], strict=False)):
+        raise UserError("train.normaliser is level, but a token stands at two places of items; use train.normaliser: full")
+    return tuple(edges)
 
 
 def _more_rows(lora: LoraConfig, arch: Architecture, codes: ItemCodes) -> tuple[int, ...]:

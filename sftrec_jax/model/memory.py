@@ -112,7 +112,8 @@ def assumed_new_rows(config: RunConfig, items: int) -> int:
     if kind == "atomic":
         return items
     if kind in ("rqvae", "rqkmeans", "pq", "opq", "file"):
-        return semantic.codes * (semantic.levels + (semantic.collisions == "extra"))
+        own = {"extra": semantic.codes, "item": items}.get(semantic.collisions, 0)
+        return semantic.codes * semantic.levels + own
     return 0
 
 

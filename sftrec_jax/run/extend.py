@@ -90,6 +90,11 @@ def _codes(session: Session, new: NewItems, path: Path, vectors: Path | None, fo
             "the item in the catalogue, or use rqvae, rqkmeans, opq or title"
         )
     config = session.config
+    if config.semantic.collisions == "item":
+        raise UserError(
+            "semantic.collisions is item: a new item's own token says nothing until it is trained; prepare and train again with "
+            "the item in the catalogue, or with semantic.collisions: extra"
+        )
     vectoriser = Vectoriser(config, session.source, tokenizer, session.mesh, folder)
     quantiser = Quantiser.load(folder / QUANTISER_FILE)
     own = None if vectors is None else load_vectors(vectors, int(new.text.rows.max()) + 1)[new.text.rows]

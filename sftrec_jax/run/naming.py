@@ -111,10 +111,11 @@ def _from_file(config: RunConfig, dataset: Dataset, titles: np.ndarray, vectoris
             f"{path}: {report.colliding_items} items share a code, and imported codes have no codebook to find the nearest "
             "free one; set semantic.collisions: extra or lists"
         )
-    if config.semantic.collisions == "extra" and report.colliding_items:
+    own = config.semantic.collisions == "item"
+    if own or (config.semantic.collisions == "extra" and report.colliding_items):
         place = max(map(len, paths))
         extra = np.full((len(paths), place + 1), 0, np.int32)
-        extra[:, place] = resolve_extra(levels, dataset.item_ids)[:, -1]
+        extra[:, place] = np.arange(len(paths)) if own else resolve_extra(levels, dataset.item_ids)[:, -1]
         paths = [[*names, last[place]] for names, last in zip(paths, level_tokens(extra), strict=True)]
     _report(config, vectoriser.folder, report, {})
     return path_codes(paths, titles, dataset.item_ids, vectoriser.tokenizer, init)
@@ -158,7 +159,12 @@ def _report(config: RunConfig, folder: Path, report: CodebookReport, more: dict[
     write_json(folder / REPORT_FILE, about | report.to_dict() | more)
     console.print(report.table())
     if report.colliding_items:
-        how = {"extra": "told apart by one more token", "lists": "left to share it", "nearest": "moved until each has its own"}
+        how = {
+            "extra": "told apart by one more token",
+            "item": "told apart by the item's own token",
+            "lists": "left to share it",
+            "nearest": "moved until each has its own",
+        }
         console.print(f"{report.colliding_items:,} items shared a code with another: {how[collisions]}")
 
 
@@ -172,7 +178,7 @@ def _row_vectors(
         return member_rows(codes, vectors) * items.collaborative_scale
     if items.init != "codebook":
         return None
-    if semantic is not None:
+    if semantic is not None and config.semantic.collisions != "item":
         return codebook_rows(codes, semantic.quantiser)
     assert vectors is not None  # the config allows `codebook` for atomic and semantic ids only
     return member_rows(codes, vectors)

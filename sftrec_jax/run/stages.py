@@ -133,7 +133,7 @@ def _train(session: Session, checkpoints: Checkpoints, first: int | None, wrote:
     validator = _Validator(session, decoder)
     meter = Meter(build.arch, build.adapters, t.method, len(build.row_ids), dtype, session.mesh.size)
     result = train(
-        graphdef, trained, frozen, plan, config.lora.dropout > 0, session.mesh, session.folder.path, checkpoints,
+        graphdef, trained, frozen, plan, config.drops, session.mesh, session.folder.path, checkpoints,
         lambda arrays: validator(nnx.merge(graphdef, with_arrays(trained, arrays), frozen)), meter, first,
         example_names(plan.parts, session.dataset),
     )  # fmt: skip
@@ -153,15 +153,15 @@ def training_segments(session: Session) -> tuple[list[Segments], str]:
     made = [builder.segments(data.items, data.training, told) for builder in (session.prompts, *session.more_prompts)]
     if session.prompts.format == "stream":
         return made, "every item of a stream is a target"
-    setting, lora = session.config.train.share_prefixes, session.config.lora
+    setting, drops = session.config.train.share_prefixes, session.config.drops
     if setting == "off":
         return [segments.apart() for segments in made], "prompts one by one, as configured"
-    if setting == "auto" and lora.dropout:
-        why = "prompts one by one, since lora.dropout would draw one noise for a shared beginning"
+    if setting == "auto" and drops:
+        why = "prompts one by one, since dropout would draw one noise for a shared beginning"
         return [segments.apart() for segments in made], why
     said = "beginnings shared"
-    if lora.dropout:
-        said += " as configured, with one noise of lora.dropout for all targets of a beginning"
+    if drops:
+        said += " as configured, with one noise of dropout for all targets of a beginning"
     prompt = session.config.prompt
     if prompt.stride == 1 and len(made[0]) > LONG * len(data.training):
         said += f" (prompt.stride {max(2, prompt.max_history // 2)} would share more of long histories)"
@@ -192,7 +192,7 @@ def with_tasks(session: Session, prompts: list[Segments]) -> tuple[Packable, lis
 
 def _shares(config: RunConfig) -> bool:
     setting = config.train.share_prefixes
-    return setting == "on" or (setting == "auto" and not config.lora.dropout)
+    return setting == "on" or (setting == "auto" and not config.drops)
 
 
 def _fit(examples: Packable, plan: BatchPlan) -> str:

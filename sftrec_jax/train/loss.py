@@ -16,6 +16,7 @@ from sftrec_jax.data.segments import PackedBatch
 from sftrec_jax.model.decoder import Decoder
 from sftrec_jax.model.mesh import platform_of
 from sftrec_jax.model.sharding import laid_out, ways
+from sftrec_jax.model.token_table import TokenTable
 
 CHUNK_LOGITS = {"cpu": 1 << 24}
 """Float32 logits held at once, by backend and device."""
@@ -43,7 +44,10 @@ def loss_and_finite(
     at_targets = laid_out(at_targets, decoder.mesh, "batch", None, None)
     logits = CHUNK_LOGITS.get(platform_of(decoder.mesh), ELSE_LOGITS) * devices
     weights = jnp.asarray(batch.weights)
-    loss = weighted_cross_entropy(decoder, at_targets, jnp.asarray(batch.labels), weights, logits)
+    if decoder.levels:
+        loss = level_cross_entropy(decoder.head, decoder.levels, at_targets, jnp.asarray(batch.labels), weights, logits)
+    else:
+        loss = weighted_cross_entropy(decoder, at_targets, jnp.asarray(batch.labels), weights, logits)
     finite = jnp.all(jnp.isfinite(jnp.sum(at_targets.astype(jnp.float32), axis=-1)) | (weights == 0), axis=-1)
     return loss, finite
 
@@ -57,21 +61,64 @@ def weighted_cross_entropy(
     as the vocabulary is kept or computed again. A chunk without a weighted target is passed over.
     """
     head = decoder.head
-    columns = head.column_of()[labels]
-    rows, targets = labels.shape
-    count = -(-targets * rows * (head.vocab_size + len(head.row_ids)) // chunk_logits)
+    graphdef, table = nnx.split(head)
+    leaves, structure = jax.tree.flatten(table)
+
+    def logits(leaves: list[Array], hidden: Array) -> Array:
+        return nnx.merge(graphdef, jax.tree.unflatten(structure, leaves)).logits(hidden)
+
+    width = head.vocab_size + len(head.row_ids)
+    return _in_chunks(logits, leaves, hidden, head.column_of()[labels], weights, width, chunk_logits)
+
+
+def level_cross_entropy(
+    head: TokenTable,
+    levels: tuple[tuple[int, int], ...],
+    hidden: Float[Array, "B K D"],
+    labels: Int[Array, "B K"],
+    weights: Float[Array, "B K"],
+    chunk_logits: int,
+) -> Float[Array, ""]:
+    """The same, each target's probability taken over the rows of its own place (see `Build.levels`) alone.
+
+    The targets of a row are whole items, so each place has as many of them: they are brought together by place, and every
+    place needs its own columns of the head only.
+    """
+    row_of = head.column_of()[labels] - head.vocab_size
+    place = jnp.searchsorted(jnp.asarray([end for _, end in levels]), row_of, side="right", method="compare_all")
+    place = jnp.where(weights > 0, place, len(levels))
+    order = jnp.argsort(place, axis=1, stable=True)
+    most = labels.shape[1] // len(levels)
+    total = jnp.zeros((), jnp.float32)
+    for number, (begin, end) in enumerate(levels):
+        count = jnp.sum(place == number, axis=1, keepdims=True)
+        first = jnp.sum(place < number, axis=1, keepdims=True)
+        at = jnp.arange(most)[None]
+        chosen = jnp.take_along_axis(order, jnp.minimum(first + at, labels.shape[1] - 1), axis=1)
+        own = jnp.take_along_axis(weights, chosen, axis=1) * (at < count)
+        columns = jnp.clip(jnp.take_along_axis(row_of, chosen, axis=1) - begin, 0, end - begin - 1)
+        states = jnp.take_along_axis(hidden, chosen[..., None], axis=1)
+
+        def logits(leaves: list[Array], hidden: Array) -> Array:
+            table = leaves[0].astype(hidden.dtype)
+            return head.capped(jnp.einsum("...d,vd->...v", hidden, table, preferred_element_type=jnp.float32))
+
+        total += _in_chunks(logits, [head.rows[...][begin:end]], states, columns, own, end - begin, chunk_logits)
+    return total
+
+
+def _in_chunks(
+    logits: Logits, leaves: list[Array], hidden: Array, columns: Array, weights: Array, width: int, chunk_logits: int
+) -> Float[Array, ""]:
+    """Targets [B, K] whose head has `width` columns, some of each row at a time."""
+    rows, targets = columns.shape
+    count = -(-targets * rows * width // chunk_logits)
     size = -(-targets // min(count, targets))
     count = -(-targets // size)
 
     def chunks(x: Array) -> Array:
         padded = jnp.pad(x, ((0, 0), (0, count * size - targets), *([(0, 0)] * (x.ndim - 2))))
         return jnp.moveaxis(padded.reshape(rows, count, size, *x.shape[2:]), 1, 0)
-
-    graphdef, table = nnx.split(head)
-    leaves, structure = jax.tree.flatten(table)
-
-    def logits(leaves: list[Array], hidden: Array) -> Array:
-        return nnx.merge(graphdef, jax.tree.unflatten(structure, leaves)).logits(hidden)
 
     loss: Array = _chunked(logits, leaves, chunks(hidden), chunks(columns), chunks(weights))
     return loss
