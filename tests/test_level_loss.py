@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from sftrec_jax.config import DecodeConfig, RunConfig, TrainConfig
 from sftrec_jax.errors import UserError
 from sftrec_jax.items.codes import ItemCodes
 from sftrec_jax.model.load import level_rows
@@ -75,3 +76,10 @@ def test_rows_of_each_place() -> None:
     ):
         with pytest.raises(UserError, match=text):
             level_rows(codes_of(codes, 6))
+
+
+def test_decoding_goes_with_training() -> None:
+    train = TrainConfig(normaliser="level")
+    with pytest.raises(UserError, match="train.normaliser is level, .* decode.normaliser is full; set decode.normaliser: level"):
+        RunConfig(train=train)
+    assert RunConfig(train=train, decode=DecodeConfig(normaliser="level")).train.normaliser == "level"

@@ -31,6 +31,13 @@ CASES: dict[str, tuple[Mapping[str, str], str, str]] = {
     ),
     "what the data lack": ({}, "--tasks.explanation 1", "error: tasks.explanation: the data have no explanation; name"),
     "no attribute": ({}, "--tasks.attribute-to-item 1", "error: tasks.attribute_to_item: tasks.attribute is None; name one of"),
+    **{
+        f"{name} by level": (
+            {}, f"--tasks.{name.replace('_', '-')} 1 --train.normaliser level --decode.normaliser level",
+            f"error: tasks.{name} answers in words, but train.normaliser: level trains item tokens alone",
+        )
+        for name in ("rating", "items_to_title", "item_to_title", "explanation")
+    },
     "items in words": (
         {}, "--items.tokenizer title --tasks.title-to-item 1",
         "error: tasks.title_to_item: items.tokenizer title names items in words already",

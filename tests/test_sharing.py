@@ -28,6 +28,8 @@ from sftrec_jax.train.loss import target_loss
 FRAMES = {"text after": ("Once", ",", "then a"), "no suffix": ("Once", ",", ""), "bare": ("", "", "")}
 LIMITS = {"exact": PromptConfig(max_history=4), "strided": PromptConfig(max_history=4, stride=2), "whole": PromptConfig()}
 ROWS, LENGTH, TARGETS = 2, 128, 64
+SHARED = 2e-5
+"""Of the largest value: prompts written once and written out differ by up to 1.2e-5 on one of several processors."""
 ALONE, ALONE_LENGTH, ALONE_TARGETS = 10, 64, 12
 
 
@@ -95,7 +97,7 @@ def test_loss_and_gradients_equal_examples_one_by_one(parts: Parts, coding: str,
     np.testing.assert_allclose(loss, total, rtol=1e-5)
     assert gradient.keys() == reference.keys()
     assert moved(reference).keys() >= {name for name in reference if "lora" in name}
-    assert_close(moved(gradient), moved(reference))
+    assert_close(moved(gradient), moved(reference), SHARED)
 
 
 @pytest.mark.parametrize("name", ["gemma2", *(pytest.param(n, marks=pytest.mark.slow) for n in ("mistral", "smollm3", "gemma3"))])
@@ -109,7 +111,7 @@ def test_windows_and_layers_without_rope_share_too(name: str, tmp_path: Path) ->
     loss, gradient = loss_and_gradient(parts, packed)
     total, reference = loss_and_gradient(parts, each)
     np.testing.assert_allclose(loss, total, rtol=1e-5)
-    assert_close(moved(gradient), moved(reference))
+    assert_close(moved(gradient), moved(reference), SHARED)
 
 
 def test_a_token_sees_as_many_as_alone(parts: Parts) -> None:

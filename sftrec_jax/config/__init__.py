@@ -52,11 +52,6 @@ class RunConfig:
             f"train.normaliser is {self.train.normaliser}, which leaves other probabilities untrained, but decode.normaliser is "
             f"{self.decode.normaliser}; set decode.normaliser: level",
         )
-        require(
-            self.train.normaliser == "full"
-            or not any(vars(self.tasks)[n] for n in ("item_to_title", "item_to_text", "items_to_title")),
-            "train.normaliser is level, which trains item tokens alone, but tasks answer in words; set it to full",
-        )
 
     @property
     def drops(self) -> bool:

@@ -79,6 +79,11 @@ def check_tasks(config: RunConfig, dataset: Dataset, codes: ItemCodes, tokenizer
     words = TaskWords(config, dataset, codes, tokenizer, context)
     of_items, of_users = ItemTasks(words), UserTasks(words)
     for name in wanted:
+        in_words = KINDS[name].answer != "item" if name in KINDS else name.startswith(("item_to", "items_to"))
+        if in_words and config.train.normaliser == "level":
+            raise UserError(
+                f"tasks.{name} answers in words, but train.normaliser: level trains item tokens alone; set it to full"
+            )
         if name in KINDS:
             for unseen in (False, True):
                 of_users.templates(name, unseen)
